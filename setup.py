@@ -1,0 +1,58 @@
+"""Packaging: the rooms lie at the top level of the repository and are imported as ``rewire.<room>``."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "rewire/__init__.py").read_text(), re.M).group(1)
+
+# every package (a folder with Python in it) of every room; `rewire/demo` and `hparams` are data
+PACKAGES = {
+    "rewire": "rewire",
+    "rewire.engine": "engine",
+    "rewire.engine.datasets": "engine/datasets",
+    "rewire.engine.editors": "engine/editors",
+    "rewire.engine.evaluation": "engine/evaluation",
+    "rewire.kernels": "kernels",
+    "rewire.kernels.gram": "kernels/gram",
+    "rewire.kernels.spd_solve": "kernels/spd_solve",
+    "rewire.stats": "stats",
+    "rewire.cli": "cli",
+    "rewire.bench": "bench",
+    "rewire.hparams": "hparams",
+}
+
+LINUX = 'sys_platform == "linux"'
+
+setup(
+    name="rewire",
+    version=VERSION,
+    description="Edit facts in large language models, fast: MEMIT on batched values, streamed statistics and Cholesky solves",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={"rewire": ["py.typed", "demo/*"], "rewire.hparams": ["*/*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        f"triton>=3.6; {LINUX}",
+        "transformers>=5",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "pydantic>=2.8",
+        "pyyaml>=6",
+        "typer>=0.15",
+        "rich>=13",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "corpora": ["datasets>=3"],
+        "placement": ["accelerate>=1.0"],
+        "dev": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-psutil"],
+    },
+    entry_points={"console_scripts": ["rewire = rewire.cli:main"]},
+)
