@@ -1,0 +1,83 @@
+"""Reading facts: our own JSONL and CSV, and the published data sets as they are (one file a format)."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...kernels.errors import InputError
+from ..facts import Fact, InvalidFact, UnknownField, from_record, read_csv, read_jsonl
+from . import counterfact
+
+# (does this record look like it, its fields under our names)
+_PUBLISHED: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any]], dict[str, Any]]], ...] = (
+    (counterfact.is_nested, counterfact.from_nested),
+    (counterfact.is_flat, counterfact.from_flat),
+)
+
+
+def read_facts(path: str | Path, limit: int | None = None) -> list[Fact]:
+    """Facts of a file. Raises `InputError` that names every fact that cannot be edited; see `scan_facts`."""
+    facts, invalid = scan_facts(path, limit)
+    if invalid:
+        named = "; ".join(f"{bad.where}: {bad.reason}" for bad in invalid)
+        count = "1 fact" if len(invalid) == 1 else f"{len(invalid)} facts"
+        raise InputError(f"{path}: {count} cannot be edited (--skip-invalid goes on without): {named}")
+    return facts
+
+
+def scan_facts(path: str | Path, limit: int | None = None) -> tuple[list[Fact], list[InvalidFact]]:
+    """(facts, records that cannot be edited) of a `.jsonl`, `.csv` or `.json` file, at most the first `limit` records.
+
+    Raises `InputError` where the file itself is wrong: missing, empty, broken JSON (with its line), unknown fields.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file (expected facts as .jsonl, .csv or .json)")
+    facts: list[Fact] = []
+    invalid: list[InvalidFact] = []
+    try:
+        for number, (where, record) in enumerate(_records(path)):
+            if limit is not None and number >= limit:
+                break
+            try:
+                facts.append(from_record(record))
+            except UnknownField as error:
+                raise InputError(f"{path}: {where}: {error}") from None
+            except InputError as error:
+                invalid.append(InvalidFact(where, str(error)))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if not facts and not invalid:
+        raise InputError(f"{path}: no facts in it")
+    seen: dict[str, int] = {}
+    for fact in facts:
+        seen[fact.id] = seen.get(fact.id, 0) + 1
+    twice = [name for name, count in seen.items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: id {twice[0]!r} stands on {seen[twice[0]]} facts, expected each id once")
+    return facts, invalid
+
+
+def _records(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    if path.suffix == ".csv":
+        return read_csv(path)
+    if path.suffix == ".json":
+        return _read_json(path)
+    return read_jsonl(path)
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}: broken JSON ({error.msg})") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{path}: expected a JSON list of records")
+    for number, record in enumerate(records):
+        where = f"record {number}"
+        try:
+            fields = next((convert(record) for fits, convert in _PUBLISHED if fits(record)), record)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: {where}: not the format that it looks like ({error!r})") from None
+        yield where, fields

@@ -1,0 +1,32 @@
+"""Did it work? One file a protocol."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...kernels.errors import InputError
+from ..facts import Fact
+from ..model import Model
+from ..phases import Tick
+from . import counterfact
+
+PROTOCOLS: dict[str, Callable[..., dict[str, Any]]] = {"counterfact": counterfact.evaluate}
+
+
+def evaluate(
+    model: Model,
+    facts: Sequence[Fact],
+    protocol: str = "counterfact",
+    batch_tokens: int | None = None,
+    progress: Tick = lambda done, total: None,
+) -> dict[str, Any]:
+    """{"protocol", "metrics": {name: share}, "facts": [per fact]} of the model as it stands.
+
+    batch_tokens: padded tokens of a forward; None: from the free memory
+    Raises `InputError` for an unknown protocol.
+    """
+    if protocol not in PROTOCOLS:
+        near = difflib.get_close_matches(protocol, PROTOCOLS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PROTOCOLS)}"
+        raise InputError(f"unknown protocol {protocol!r}; {hint}")
+    return PROTOCOLS[protocol](model, facts, batch_tokens, progress)

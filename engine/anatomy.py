@@ -1,0 +1,157 @@
+"""Where things are in a causal LM: decoder blocks, MLP output projection, final norm, head.
+
+Known families are data (`FAMILIES`, by `model_type`); anything else is found by its structure, and what was found is
+checked by running it (`passes.verify`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..kernels.errors import InputError
+
+# model_type: (decoder blocks, final norm, MLP output projection in a block, norm behind that projection or None)
+_LLAMA = ("model.layers", "model.norm", "mlp.down_proj", None)
+_GEMMA = ("model.layers", "model.norm", "mlp.down_proj", "post_feedforward_layernorm")
+FAMILIES: dict[str, tuple[str, str, str, str | None]] = {
+    "gpt2": ("transformer.h", "transformer.ln_f", "mlp.c_proj", None),
+    "gptj": ("transformer.h", "transformer.ln_f", "mlp.fc_out", None),
+    "gpt_neox": ("gpt_neox.layers", "gpt_neox.final_layer_norm", "mlp.dense_4h_to_h", None),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gemma3": (
+        "model.language_model.layers",
+        "model.language_model.norm",
+        "mlp.down_proj",
+        "post_feedforward_layernorm",
+    ),
+}
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of one model are, as module paths.
+
+    model_type: the config's name of the family
+    blocks: path of the decoder blocks' list; `projection` and `post_norm` are paths within one block
+    post_norm: the norm that the projection's output passes before it is added to the residual stream, or None
+    norm, head: final norm and output embedding
+    softcap: final logits are softcap * tanh(logits / softcap), or None
+    source: "family" where `FAMILIES` knows the model_type, "structure" where it was found by looking
+    """
+
+    model_type: str
+    blocks: str
+    projection: str
+    post_norm: str | None
+    norm: str
+    head: str
+    n_layers: int
+    d_model: int
+    d_in: int
+    vocab: int
+    softcap: float | None
+    source: str
+
+    def layer_name(self, layer: int) -> str:
+        """Path of the edited projection, as the ecosystem names statistics: `transformer.h.3.mlp.c_proj`."""
+        return f"{self.blocks}.{layer}.{self.projection}"
+
+    def weight_name(self, layer: int) -> str:
+        return f"{self.layer_name(layer)}.weight"
+
+
+def find_anatomy(hf: nn.Module) -> Anatomy:
+    """The anatomy of a transformers model. Raises `InputError` for what is no decoder, or has experts."""
+    config: Any = hf.config
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    _refuse(hf, config, text)
+    head = _path_of(hf, hf.get_output_embeddings())  # type: ignore[operator]
+    family = FAMILIES.get(config.model_type)
+    if family is not None:
+        blocks, norm, projection, post_norm = family
+        source = "family"
+    else:
+        blocks, norm, projection, post_norm = _by_structure(hf, text)
+        source = "structure"
+    try:
+        stack = hf.get_submodule(blocks)
+        hf.get_submodule(norm)
+        d_in, d_out = widths(hf.get_submodule(f"{blocks}.0.{projection}"))
+    except AttributeError as error:
+        raise InputError(f"{config.model_type}: expected {blocks}, {norm} and {projection} in it ({error})") from None
+    assert isinstance(stack, nn.ModuleList)
+    softcap = getattr(text, "final_logit_softcapping", None)
+    vocab = int(hf.get_submodule(head).weight.shape[0])  # type: ignore[index]
+    return Anatomy(
+        config.model_type, blocks, projection, post_norm, norm, head,
+        len(stack), d_out, d_in, vocab, softcap, source,
+    )  # fmt: skip
+
+
+def widths(projection: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a `Linear` or `Conv1D`, by its type: a square weight tells nothing by its shape."""
+    if isinstance(projection, Conv1D):
+        return int(projection.weight.shape[0]), int(projection.weight.shape[1])
+    if isinstance(projection, nn.Linear):
+        return projection.in_features, projection.out_features
+    raise InputError(f"the MLP output projection is a {type(projection).__name__}, expected Linear or Conv1D")
+
+
+def _refuse(hf: nn.Module, config: Any, text: Any) -> None:
+    kind = type(hf).__name__
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_decoder", None) is False:
+        raise InputError(f"{kind} ({config.model_type}) is an encoder model; expected a causal (decoder-only) LM")
+    experts = next((name for name in _EXPERT_COUNTS if (getattr(text, name, None) or 0) > 1), None)
+    if experts is not None:
+        raise InputError(
+            f"{kind} ({config.model_type}) is a mixture of experts ({experts}={getattr(text, experts)}); "
+            "its MLP has no single output projection, and editing a part of it is refused"
+        )
+    if not hasattr(hf, "get_output_embeddings") or hf.get_output_embeddings() is None:  # type: ignore[operator]
+        raise InputError(f"{kind} ({config.model_type}) has no language-model head; expected a causal LM")
+
+
+def _path_of(root: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in root.named_modules() if module is wanted)
+
+
+def _by_structure(hf: nn.Module, text: Any) -> tuple[str, str, str, str | None]:
+    """Blocks: the list as long as the config has layers. Projection: the block's last map from a wider space back to
+    the hidden size outside attention. Norm: the last norm beside the blocks."""
+    name = text.model_type
+    lists = [
+        (path, module)
+        for path, module in hf.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers
+    ]
+    if len(lists) != 1:
+        raise InputError(f"{name}: unknown family, and {len(lists)} lists of blocks in it where one was expected")
+    blocks, stack = lists[0]
+    candidates = [
+        path
+        for path, module in stack[0].named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and "attn" not in path and "attention" not in path
+        and widths(module)[1] == text.hidden_size and widths(module)[0] > text.hidden_size
+    ]  # fmt: skip
+    if len(candidates) != 1:
+        raise InputError(
+            f"{name}: unknown family, and {len(candidates)} candidates for the MLP output projection in a block "
+            f"({', '.join(candidates) or 'none'}) where one was expected"
+        )
+    parent = hf.get_submodule(blocks.rpartition(".")[0])
+    norms = [path for path, module in parent.named_children() if "norm" in type(module).__name__.lower()]
+    if not norms:
+        raise InputError(f"{name}: unknown family, and no final norm beside {blocks}")
+    prefix = blocks.rpartition(".")[0]
+    post = [path for path, _ in stack[0].named_children() if path in ("post_feedforward_layernorm", "post_mlp_norm")]
+    return blocks, f"{prefix}.{norms[-1]}" if prefix else norms[-1], candidates[0], post[0] if post else None

@@ -1,0 +1,215 @@
+"""Updates of weights: kept as factors, written beside the model as `delta.safetensors`, applied in order."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..kernels.errors import InputError
+from .model import Model
+
+FORMAT = "rewire-delta-1"
+FILE = "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One weight's update in [d_out, d_in] orientation: left @ right.
+
+    left: [d_out, r] float32; right: [r, d_in] float32, or None where `left` is the dense [d_out, d_in] update
+    """
+
+    left: Tensor
+    right: Tensor | None
+
+    def dense(self) -> Tensor:
+        """[d_out, d_in] float32."""
+        return self.left if self.right is None else self.left @ self.right
+
+    def compact(self) -> "Factors":
+        """Dense once the factors would hold more numbers than the product."""
+        if self.right is None or self.left.numel() + self.right.numel() <= self.left.shape[0] * self.right.shape[1]:
+            return self
+        return Factors(self.dense(), None)
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(part).all()) for part in (self.left, self.right) if part is not None)
+
+
+Update = dict[str, Factors]  # weight name -> its factors: what one edit changes
+
+
+class EditedWeights:
+    """The edited weights of one model: W = cast(W0 + update 1 + update 2 + ..., in float32), W0 kept as it was."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.originals: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # W0 + updates in float32, in the weight's own layout
+        self.updates: list[Update] = []
+
+    @contextmanager
+    def provisional(self) -> Iterator[Callable[[str, Factors], float]]:
+        """`put(name, factors)` inside writes the weight at once; leaving keeps it all, an exception puts all back.
+
+        `put` returns the share of the update that rounding to the weight's dtype lost (relative Frobenius norm).
+        """
+        update: Update = {}
+        before: dict[str, Tensor | None] = {}
+
+        def put(name: str, factors: Factors) -> float:
+            if not factors.finite():
+                raise InputError(f"{name}: its update holds NaN or infinity; no weight was changed")
+            parameter = self._parameter(name)
+            self.originals.setdefault(name, parameter.detach().clone())
+            before.setdefault(name, self.sums.get(name))
+            base = before[name]
+            change = oriented(self._module(name), factors.dense()).to(parameter.device)
+            total = (self.originals[name].float() if base is None else base) + change
+            old = self._cast(name, base)
+            with torch.no_grad():
+                parameter.copy_(total)
+            self.sums[name], update[name] = total, factors
+            written = parameter.detach().float() - old.float()
+            return float((written - change).norm() / change.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+        try:
+            yield put
+        except BaseException:
+            for name, total in before.items():
+                self._restore(name, total)
+            raise
+        self.updates.append(update)
+
+    def undo_last(self) -> None:
+        """Weights as they were before the last update, bit for bit: the sum is made again without it."""
+        gone = self.updates.pop()
+        for name in gone:
+            total: Tensor | None = None
+            for update in self.updates:
+                if name in update:
+                    change = oriented(self._module(name), update[name].dense()).to(self.originals[name].device)
+                    total = (self.originals[name].float() if total is None else total) + change
+            self._restore(name, total)
+
+    def _restore(self, name: str, total: Tensor | None) -> None:
+        with torch.no_grad():
+            self._parameter(name).copy_(self.originals[name] if total is None else total)
+        if total is None:
+            self.sums.pop(name, None)
+        else:
+            self.sums[name] = total
+
+    def _cast(self, name: str, total: Tensor | None) -> Tensor:
+        return self.originals[name] if total is None else total.to(self.originals[name].dtype)
+
+    def _module(self, name: str) -> nn.Module:
+        return self.model.hf.get_submodule(name.removesuffix(".weight"))
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return self._module(name).weight  # type: ignore[return-value]
+
+
+def oriented(module: nn.Module, change: Tensor) -> Tensor:
+    """A [d_out, d_in] change in the layout of the module's weight: `Conv1D` stores [d_in, d_out]."""
+    return change.T if isinstance(module, Conv1D) else change
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The updates of one or more edits, in order, and what they were made on.
+
+    model: base model's name; fingerprint: of the weights that the first edit was made on
+    edits: for each edit what describes it (id, method, preset, hyper-parameters, facts' digest, ...)
+    updates: for each edit its factors
+    """
+
+    model: str
+    fingerprint: str
+    edits: Sequence[Mapping[str, Any]]
+    updates: Sequence[Update]
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `folder/delta.safetensors`, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for number, update in enumerate(self.updates):
+            for name, factors in update.items():
+                tensors[f"{number}/{name}/left"] = factors.left.cpu().contiguous()
+                if factors.right is not None:
+                    tensors[f"{number}/{name}/right"] = factors.right.cpu().contiguous()
+        metadata = {
+            "format": FORMAT,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "edits": json.dumps(list(self.edits), ensure_ascii=False),
+        }
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Delta":
+        """From a file, or a folder that holds `delta.safetensors`. Raises `InputError` for anything else."""
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise InputError(f"{path}: no {FILE} there; expected the --out folder of an edit")
+        try:
+            with safe_open(file, "pt") as content:
+                metadata = content.metadata() or {}
+                tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: cannot be read as a delta ({error}); was it cut off?") from None
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{file}: format {metadata.get('format')!r} found, expected {FORMAT!r}")
+        edits = json.loads(metadata["edits"])
+        updates: list[Update] = [{} for _ in edits]
+        for key in sorted(tensors):
+            number, name, part = key.split("/")
+            if part == "left":
+                updates[int(number)][name] = Factors(tensors[key], tensors.get(f"{number}/{name}/right"))
+        return cls(metadata["model"], metadata["fingerprint"], edits, updates)
+
+    def apply(self, model: Model) -> EditedWeights:
+        """Changes the model's weights; all of them or, with an `InputError`, none.
+
+        Refused: another base model (by its fingerprint), a weight that is not there or has another shape.
+        """
+        if model.fingerprint != self.fingerprint:
+            raise InputError(
+                f"the delta was made on {self.model} (fingerprint {self.fingerprint}); "
+                f"{model.name} has other weights (fingerprint {model.fingerprint})"
+            )
+        for update in self.updates:
+            for name, factors in update.items():
+                try:
+                    module = model.hf.get_submodule(name.removesuffix(".weight"))
+                except AttributeError:
+                    raise InputError(f"the delta changes {name}, which {model.name} does not have") from None
+                width = factors.left.shape[1] if factors.right is None else factors.right.shape[1]
+                weight = module.weight
+                assert isinstance(weight, Tensor)
+                found, asked = tuple(weight.shape), (factors.left.shape[0], width)
+                if found != (asked[::-1] if isinstance(module, Conv1D) else asked):
+                    raise InputError(f"the delta changes {name} as {asked} (out, in); the model's weight is {found}")
+        weights = EditedWeights(model)
+        for update in self.updates:
+            with weights.provisional() as put:
+                for name, factors in update.items():
+                    put(name, factors)
+        return weights

@@ -1,0 +1,109 @@
+"""MEMIT (Meng et al. 2023, arXiv 2210.07229): many facts at once, spread over several MLP output projections.
+
+1. Z: the value that each fact's subject should have at the z-layer (`engine.values`).
+2. For each layer, ascending, with the lower ones updated already: keys K and hidden states H are measured again, and
+   Delta = Rᵀ Xᵀ with (lambda C + Kᵀ K) X = Kᵀ and R = (Z - H) / (layers that remain).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.errors import InputError
+from ..delta import Factors
+from ..hparams import Hparams
+from ..keys import measure_hidden, measure_keys
+from ..model import Model
+from ..passes import read_at, verify
+from ..prompts import PLAIN, Row, subject_rows
+from ..solve import memit_update, through_norm
+from ..values import optimise_values
+from .registry import Job, Method, Outcome
+
+
+def edit(job: Job) -> Outcome:
+    """Writes the layers provisionally through `job.put`. Raises `InputError` where anything is not a number."""
+    model, hparams = job.model, job.hparams
+    z_layer = hparams.layers[-1]
+    verify(model, z_layer)
+    rows = subject_rows(model.tokenizer, job.facts, (PLAIN, *job.contexts), model.max_length)
+    moments = job.moments(hparams.layers)
+    with job.phases("values") as tick:
+        values = optimise_values(model, job.facts, job.contexts, hparams, job.batch_size, tick)
+    update, layers, asked, left = spread(job, rows, values.Z, moments)
+    achieved = 1 - left / asked.clamp_min(torch.finfo(asked.dtype).tiny)
+    facts = [
+        {
+            "steps": int(values.steps[i]),
+            "nll_before": float(values.first_nll[i]),
+            "nll_with_delta": float(values.last_nll[i]),
+            "loss": float(values.loss[i]),
+            "asked_residual": float(asked[i]),
+            "achieved": float(achieved[i]) if asked[i] > 0 else None,
+        }
+        for i in range(len(job.facts))
+    ]
+    return Outcome(update, facts, layers)
+
+
+def spread(
+    job: Job, rows: list[list[Row]], Z: Tensor, moments: dict[int, Tensor]
+) -> tuple[dict[str, Factors], list[dict[str, Any]], Tensor, Tensor]:
+    """Writes the layers so that the keys map to Z.
+
+    rows: for each fact its plain row and its context rows, cut behind the subject; Z: [n, d_model]
+    moments: layer -> C
+    Returns (update, a report for each layer, |Z - H| of each fact before, and after).
+    """
+    model, hparams = job.model, job.hparams
+    z_layer = hparams.layers[-1]
+    plain = [group[0] for group in rows]
+    update: dict[str, Factors] = {}
+    reports: list[dict[str, Any]] = []
+    asked: Tensor | None = None
+    for done, layer in enumerate(hparams.layers):
+        name = model.anatomy.weight_name(layer)
+        with job.phases("keys") as tick:
+            K = measure_keys(model, rows, layer)
+            R = Z.to(K.device) - measure_hidden(model, plain, z_layer).to(K.device)
+            tick(done + 1, len(hparams.layers))
+        if not (torch.isfinite(K).all() and torch.isfinite(R).all()):
+            raise InputError(f"{name}: its keys hold NaN or infinity; no weight was changed")
+        if asked is None:
+            asked = R.norm(dim=1)
+        with job.phases("solve") as tick:
+            part = behind_norm(model, layer, plain, R / (len(hparams.layers) - done))
+            factors, info = memit_update(K, part, moments[layer], hparams.mom2_update_weight)
+            factors = factors.compact()
+            tick(done + 1, len(hparams.layers))
+        with job.phases("apply"):
+            lost = job.put(name, factors)
+        update[name] = factors
+        weight = model.projection(layer).weight
+        assert isinstance(weight, Tensor)
+        reports.append(
+            {
+                "weight": name,
+                "residual": info.residual,
+                "condition": info.condition,
+                "solved_in": info.dtype,
+                "relative_change": float(factors.dense().norm() / weight.float().norm()),
+                "lost_to_rounding": lost,
+            }
+        )
+    with job.phases("keys"):
+        H = measure_hidden(model, plain, z_layer)
+    assert asked is not None
+    return update, reports, asked, (Z.to(H.device) - H).norm(dim=1).to(asked.device)
+
+
+def behind_norm(model: Model, layer: int, plain: list[Row], R: Tensor) -> Tensor:
+    """What the projection must add so that the block adds R: R itself, unless a norm lies between (Gemma)."""
+    norm = model.post_norm(layer)
+    if norm is None:
+        return R
+    return through_norm(norm, read_at(model, plain, projected=[layer])["proj", layer].to(R.device), R)
+
+
+METHOD = Method("memit", Hparams, edit)

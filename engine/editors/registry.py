@@ -1,0 +1,69 @@
+"""Methods by name, and what a method is handed and gives back."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from ...kernels.errors import InputError
+from ..delta import Factors
+from ..facts import Fact
+from ..hparams import Hparams
+from ..model import Model
+from ..phases import Phases
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch of facts to edit.
+
+    contexts: generated context templates
+    moments: layers -> C of each ([d_in, d_in] float32, mean of k kᵀ on the unedited model); collected when first asked
+    put: writes one weight's update provisionally and returns the share lost to rounding; kept only if the edit is whole
+    batch_size: facts whose values are optimised at once, None: from the free memory
+    """
+
+    model: Model
+    facts: Sequence[Fact]
+    contexts: Sequence[str]
+    hparams: Any
+    moments: Callable[[Sequence[int]], dict[int, Tensor]]
+    put: Callable[[str, Factors], float]
+    phases: Phases
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method did: the update of each weight, and what the report says of each fact and each layer."""
+
+    update: dict[str, Factors]
+    facts: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    hparams: type[Hparams]
+    edit: Callable[[Job], Outcome]
+
+
+_METHODS = {"memit": "memit"}  # name -> module beside this one, which has `METHOD`
+
+
+def find_method(name: str) -> Method:
+    """Raises `InputError` with the nearest name for an unknown one."""
+    if name not in _METHODS:
+        near = difflib.get_close_matches(name.lower(), _METHODS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_METHODS)}"
+        raise InputError(f"unknown method {name!r}; {hint}")
+    method: Method = import_module(f".{_METHODS[name]}", __package__).METHOD
+    return method
+
+
+def method_names() -> list[str]:
+    return list(_METHODS)

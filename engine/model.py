@@ -1,0 +1,150 @@
+"""A causal LM with its tokenizer, its anatomy and a fingerprint of its weights."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.errors import InputError
+from .anatomy import Anatomy, find_anatomy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLES = 256  # values a tensor gives to the fingerprint
+
+
+class Model:
+    """What the engine works on.
+
+    hf: the transformers model, untouched but for the edits
+    tokenizer: a fast tokenizer (character offsets are needed)
+    anatomy: where its parts are
+    name: as given to `load`, or the config's `_name_or_path`
+    fingerprint: of the weights at the time of wrapping, 16 hex digits
+    """
+
+    def __init__(self, hf: nn.Module, tokenizer: Any, name: str | None = None) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer")
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.anatomy: Anatomy = find_anatomy(hf)
+        self.name: str = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+        self.fingerprint: str = fingerprint(hf)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embedding."""
+        return self.hf.get_input_embeddings().weight.device  # type: ignore[operator]
+
+    @property
+    def max_length(self) -> int:
+        """The longest row that the model takes, in tokens."""
+        config = self.hf.config.get_text_config()  # type: ignore[union-attr, operator]
+        return int(getattr(config, "max_position_embeddings", None) or 2048)
+
+    def block(self, layer: int) -> nn.Module:
+        return self.hf.get_submodule(f"{self.anatomy.blocks}.{layer}")
+
+    def projection(self, layer: int) -> nn.Module:
+        return self.hf.get_submodule(self.anatomy.layer_name(layer))
+
+    def post_norm(self, layer: int) -> nn.Module | None:
+        """The norm that the projection's output passes before it is added, where the family has one."""
+        name = self.anatomy.post_norm
+        return None if name is None else self.block(layer).get_submodule(name)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.hf.get_submodule(self.anatomy.head)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, d_model] after the final norm -> [rows, vocab] float32 logits, soft-capped where the family does."""
+        logits = self.head(hidden).float()
+        cap = self.anatomy.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def load(name: str | Path, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> Model:
+    """A model from a directory or a hub id.
+
+    dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, on a CPU always float32
+    device: "cpu", "cuda", "cuda:1", "mps", "balanced" (over all GPUs, needs accelerate), or "auto": CUDA if there
+    Raises `InputError` where there is no model, it is no causal LM, or a name is unknown.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; expected auto, {', '.join(DTYPES)}")
+    place = pick_device(device)
+    source = str(name)
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{source}: no model there (no config.json); expected a Hugging Face model directory")
+    elif folder.exists() or folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        raise InputError(f"{source}: no model there; expected a Hugging Face model directory or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        _refuse_other_tasks(source, config)
+        torch_dtype: Any = DTYPES.get(dtype, torch.float32 if place == "cpu" else "auto")
+        placement = {"device_map": "balanced"} if place == "balanced" else {}
+        hf = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch_dtype, **placement)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{source}: cannot be loaded as a causal LM: {reason}") from None
+    hf.eval()
+    if place != "balanced":
+        hf.to(place)
+    return Model(hf, tokenizer, source)
+
+
+def wrap(hf: nn.Module, tokenizer: Any, name: str | None = None) -> Model:
+    """A model that is loaded already. Edits change `hf` in place."""
+    return Model(hf, tokenizer, name)
+
+
+def pick_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "balanced":
+        return device
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"device {device!r} is unknown; expected auto, cpu, cuda, cuda:N, mps or balanced") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA GPU here; use --device cpu")
+    return device
+
+
+def _refuse_other_tasks(source: str, config: Any) -> None:
+    """BERT and its like load as causal LMs without a word: the config says what they were made for."""
+    kinds = getattr(config, "architectures", None) or []
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{source}: {config.model_type} is an encoder-decoder model; expected a causal LM")
+    causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if kinds and not any(kind.endswith(causal) for kind in kinds):
+        raise InputError(
+            f"{source}: {kinds[0]} is not a causal LM; expected a decoder-only model such as GPT-2 or Llama"
+        )
+
+
+def fingerprint(hf: nn.Module) -> str:
+    """16 hex digits over the names, shapes and a sample of the values of all parameters.
+
+    The values are rounded to bfloat16 first, so that one checkpoint loaded in float32 or bfloat16 is the same model.
+    """
+    parts = hashlib.sha256()
+    for name, tensor in sorted(hf.state_dict(keep_vars=True).items()):
+        flat = tensor.detach().reshape(-1)
+        count = flat.numel()
+        picked = flat[torch.arange(min(count, _SAMPLES), device=flat.device) * max(1, count // _SAMPLES)]
+        parts.update(f"{name}:{tuple(tensor.shape)}".encode())
+        parts.update(picked.to("cpu", torch.float32).bfloat16().view(torch.int16).numpy().tobytes())
+    return parts.hexdigest()[:16]

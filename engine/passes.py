@@ -1,0 +1,348 @@
+"""Running the model: every forward pass of the engine goes through here.
+
+All rows are padded on the right and run without an attention mask: under causal attention no real token sees the
+padding, and nothing is read from padded positions. Passes stop behind the last module that is asked for.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ..kernels.errors import InputError
+from .model import Model
+from .prompts import CONTEXT_TOKENS, CONTEXT_TOP_K, SEED_WORDS, Row, clean_context, pad
+
+MEMORY_SHARE = 0.4  # of the free memory that a batch may take
+CPU_TOKENS = 4096  # larger batches leave the caches and win nothing (docs/benchmarks.md)
+GPU_TOKENS = 65536
+
+
+class _Stop(Exception):
+    """Raised inside a forward, behind the last module that is needed."""
+
+
+@contextlib.contextmanager
+def frozen(model: Model) -> Iterator[None]:
+    """Evaluation mode and frozen weights inside; both as they were afterwards."""
+    training = [module for module in model.hf.modules() if module.training]
+    learning = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]
+    model.hf.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _hooks(*handles: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_of(output: Any) -> Tensor:
+    """A block's hidden states: some families return a tuple, others the tensor."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _forward(model: Model, ids: Tensor) -> None:
+    with contextlib.suppress(_Stop):
+        model.hf(input_ids=ids, use_cache=False)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free for a batch on the device, in bytes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)
+
+
+def tokens_that_fit(model: Model, bytes_per_token: float) -> int:
+    """Padded tokens a batch may hold when each takes `bytes_per_token`."""
+    cap = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
+    return max(1, min(cap, int(MEMORY_SHARE * free_bytes(model.device) / bytes_per_token)))
+
+
+def forward_bytes(model: Model) -> float:
+    """Rough bytes that one token takes in a pass without gradients: some buffers of each width of one block."""
+    return 4.0 * (12 * model.anatomy.d_model + 4 * model.anatomy.d_in)
+
+
+def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices in batches of at most `tokens` padded tokens (at least one row each), longest rows first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    result: list[list[int]] = []
+    for index in order:
+        # rows come longest first, so the first of a batch is its width
+        if result and (len(result[-1]) + 1) * lengths[result[-1][0]] <= tokens:
+            result[-1].append(index)
+        else:
+            result.append([index])
+    return result
+
+
+@torch.no_grad()
+def read_at(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    inputs: Sequence[int] = (),
+    outputs: Sequence[int] = (),
+    projected: Sequence[int] = (),
+    batch_tokens: int | None = None,
+) -> dict[tuple[str, int], Tensor]:
+    """What the model holds at each row's position, as float32.
+
+    rows: each with a position
+    inputs: layers whose projection's input is wanted -> result["in", layer]: [rows, d_in]
+    projected: layers whose projection's output is wanted -> result["proj", layer]: [rows, d_model]
+    outputs: layers whose block's output is wanted -> result["out", layer]: [rows, d_model]
+    """
+    wanted = {("in", layer): model.projection(layer) for layer in inputs}
+    wanted |= {("proj", layer): model.projection(layer) for layer in projected}
+    wanted |= {("out", layer): model.block(layer) for layer in outputs}
+    # in the order in which a forward reaches them
+    rank = {"in": 0, "proj": 1, "out": 2}
+    last = max(wanted, key=lambda key: (key[1], rank[key[0]]))
+    result: dict[tuple[str, int], Tensor] = {}
+    at: Tensor
+    chosen: Tensor
+
+    def keep(key: tuple[str, int], tensor: Tensor) -> None:
+        tensor = tensor[torch.arange(len(tensor), device=tensor.device), at.to(tensor.device)].float()
+        if key not in result:
+            result[key] = tensor.new_empty(len(rows), tensor.shape[1])
+        result[key][chosen.to(tensor.device)] = tensor
+        if key == last:
+            raise _Stop
+
+    def hook(key: tuple[str, int]) -> Callable[..., None]:
+        if key[0] == "in":
+            return lambda module, args: keep(key, args[0])
+        return lambda module, args, output: keep(key, hidden_of(output))
+
+    handles = [
+        module.register_forward_pre_hook(hook(key)) if key[0] == "in" else module.register_forward_hook(hook(key))
+        for key, module in wanted.items()
+    ]
+    budget = batch_tokens or tokens_that_fit(model, forward_bytes(model))
+    with frozen(model), _hooks(*handles):
+        for batch in batches([len(row.ids) for row in rows], budget):
+            chosen = torch.tensor(batch)
+            at = torch.tensor([rows[i].position for i in batch])
+            _forward(model, pad([rows[i] for i in batch], model.device))
+    return result
+
+
+@torch.no_grad()
+def stream_inputs(
+    model: Model, rows: Sequence[Sequence[int]], layers: Sequence[int], sink: Callable[..., None]
+) -> None:
+    """One batch of documents: `sink(layer name, X [tokens, d_in])` for each layer, padding dropped."""
+    lengths = torch.tensor([len(row) for row in rows])
+    last = max(layers)
+
+    def hook(layer: int) -> Callable[..., None]:
+        def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            X = args[0]
+            real = torch.arange(X.shape[1])[None, :] < lengths[:, None]
+            sink(model.anatomy.layer_name(layer), X[real.to(X.device)])
+            if layer == last:
+                raise _Stop
+
+        return take
+
+    handles = [model.projection(layer).register_forward_pre_hook(hook(layer)) for layer in layers]
+    with frozen(model), _hooks(*handles):
+        _forward(model, pad([Row(tuple(row)) for row in rows], model.device))
+
+
+@torch.no_grad()
+def blocks_until(model: Model, ids: Tensor, layer: int) -> Tensor:
+    """The output of block `layer` for token ids [rows, T]: [rows, T, d_model] in the model's dtype."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        kept.append(hidden_of(output))
+        raise _Stop
+
+    with frozen(model), _hooks(model.block(layer).register_forward_hook(keep)):
+        _forward(model, ids)
+    return kept[0]
+
+
+class Suffix:
+    """The blocks above `layer` and the final norm as one function of the hidden states that enter them.
+
+    What a block is called with besides the hidden states (masks, rotary angles) depends on the row length alone, so it
+    is recorded once from a single row of that length and replayed for any number of rows.
+    """
+
+    def __init__(self, model: Model, layer: int, length: int) -> None:
+        self.model = model
+        self.above = range(layer + 1, model.anatomy.n_layers)
+        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        norm = model.hf.get_submodule(model.anatomy.norm)
+        self.norm = norm
+
+        def record(layer: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                kwargs = dict(kwargs)
+                if not args:
+                    del kwargs["hidden_states"]
+                self.calls[layer] = (args[1:], kwargs)
+
+            return hook
+
+        handles = [model.block(i).register_forward_pre_hook(record(i), with_kwargs=True) for i in self.above]
+        handles.append(norm.register_forward_pre_hook(_stop))
+        with torch.no_grad(), frozen(model), _hooks(*handles):
+            _forward(model, torch.zeros(1, length, dtype=torch.long, device=model.device))
+
+    def __call__(self, hidden: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
+        """hidden: [rows, T, d_model] -> [m, d_model], behind the final norm, at the m places (row, position)."""
+        for layer in self.above:
+            args, kwargs = self.calls[layer]
+            hidden = hidden_of(self.model.block(layer)(hidden, *args, **kwargs))
+        return self.norm(hidden[read])
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+@torch.no_grad()
+def final_hidden(model: Model, rows: Sequence[Row], places: Sequence[Sequence[int]], batch_tokens: int) -> Tensor:
+    """Hidden states behind the final norm at each row's places: [sum of places, d_model], rows in order."""
+    result: dict[int, Tensor] = {}
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _Stop
+
+    with frozen(model), _hooks(model.head.register_forward_pre_hook(keep)):
+        for batch in batches([len(row.ids) for row in rows], batch_tokens):
+            _forward(model, pad([rows[i] for i in batch], model.device))
+            hidden = seen.pop()
+            for line, i in enumerate(batch):
+                result[i] = hidden[line, list(places[i])]
+    return torch.cat([result[i] for i in range(len(rows))])
+
+
+@torch.no_grad()
+def score(
+    model: Model,
+    rows: Sequence[Row],
+    batch_tokens: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Tensor, Tensor]:
+    """Teacher-forced scores of each row's labels.
+
+    Returns (mean log-probability of the labels: [rows] float64, whether every label is the most probable token: [rows]
+    bool), both on the CPU. The head runs at the label positions only.
+    """
+    mean = torch.zeros(len(rows), dtype=torch.float64)
+    exact = torch.zeros(len(rows), dtype=torch.bool)
+    budget = batch_tokens or tokens_that_fit(model, forward_bytes(model) + 2 * model.anatomy.vocab)
+    done = 0
+    for batch in batches([len(row.ids) for row in rows], budget):
+        chosen = [rows[i] for i in batch]
+        counts = torch.tensor([len(row.labels) for row in chosen])
+        places = [range(len(row.ids) - len(row.labels), len(row.ids)) for row in chosen]
+        logits = model.logits(final_hidden(model, chosen, places, budget))
+        labels = torch.tensor([label for row in chosen for label in row.labels], device=logits.device)
+        right = logits.argmax(-1) == labels
+        logprob = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        for i, part, hits in zip(
+            batch, logprob.double().cpu().split(counts.tolist()), right.cpu().split(counts.tolist()), strict=True
+        ):
+            mean[i], exact[i] = part.mean(), hits.all()
+        done += len(batch)
+        progress(done, len(rows))
+    return mean, exact
+
+
+@torch.no_grad()
+def continuations(model: Model, prompts: Sequence[str], tokens: int, batch_tokens: int | None = None) -> list[str]:
+    """What the model says behind each prompt, greedily, `tokens` tokens at most."""
+    tokenizer = model.tokenizer
+    coded = tokenizer(list(prompts), return_token_type_ids=False, return_attention_mask=False)["input_ids"]
+    budget = batch_tokens or tokens_that_fit(model, forward_bytes(model) * 2)
+    result = [""] * len(prompts)
+    with frozen(model):
+        for batch in batches([len(ids) + tokens for ids in coded], budget):
+            longest = max(len(coded[i]) for i in batch)
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for line, i in enumerate(batch):  # generation appends at the right, so it wants padding on the left
+                ids[line, longest - len(coded[i]) :] = torch.tensor(coded[i])
+                mask[line, longest - len(coded[i]) :] = 1
+            made = model.hf.generate(  # type: ignore[operator]
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+            )
+            for line, i in enumerate(batch):
+                result[i] = tokenizer.decode(made[line, longest:], skip_special_tokens=True)
+    return result
+
+
+@torch.no_grad()
+def sample_contexts(model: Model, seed: int) -> tuple[str, ...]:
+    """One context template for each of MEMIT's seed words, sampled (top-k) to `CONTEXT_TOKENS` tokens with BOS."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [list(ids) for ids in model.tokenizer(list(SEED_WORDS), return_token_type_ids=False)["input_ids"]]
+    while growing := [row for row in rows if len(row) < CONTEXT_TOKENS]:
+        kept = [Row(tuple(row)) for row in growing]
+        hidden = final_hidden(model, kept, [[len(row) - 1] for row in growing], batch_tokens=CONTEXT_TOKENS * len(rows))
+        top = model.logits(hidden).cpu().topk(CONTEXT_TOP_K)
+        picks = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+        for row, token in zip(growing, top.indices.gather(1, picks)[:, 0].tolist(), strict=True):
+            row.append(token)
+    return tuple(clean_context(model.tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
+
+
+@torch.no_grad()
+def verify(model: Model, layer: int) -> None:
+    """Runs a short row to see that the anatomy is right. Raises `InputError` where the family does something else.
+
+    Checked: blocks replayed above `layer` give the model's own logits; what is added to the projection's output arrives
+    unscaled at the block's output (unless a known norm lies between).
+    """
+    length = 8
+    ids = torch.arange(1, length + 1, device=model.device)[None] % model.anatomy.vocab
+    with frozen(model):
+        own = model.hf(input_ids=ids, use_cache=False).logits[0].float()
+        read = (torch.zeros(length, dtype=torch.long, device=own.device), torch.arange(length, device=own.device))
+        before = blocks_until(model, ids, layer)
+        replayed = model.logits(Suffix(model, layer, length)(before, read))
+        tolerance = 1e-3 if own.dtype == before.dtype else 5e-2
+        kind = model.anatomy.model_type
+        if not torch.allclose(replayed, own, atol=tolerance * float(own.abs().max()), rtol=0):
+            raise InputError(f"{kind}: its logits are not head(norm(blocks)): this family cannot be edited yet")
+        if model.anatomy.post_norm is not None:
+            return
+        push = torch.ones_like(before[:, -1]) * before.float().std().to(before.dtype)
+
+        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return torch.cat([output[:, :-1], output[:, -1:] + push], 1)
+
+        with _hooks(model.projection(layer).register_forward_hook(add)):
+            moved = blocks_until(model, ids, layer)[:, -1] - before[:, -1]
+        if not torch.allclose(moved.float(), push.float(), rtol=5e-2, atol=5e-2 * float(push.abs().max())):
+            raise InputError(f"{kind}: a block rescales the MLP's output before adding it: it cannot be edited yet")

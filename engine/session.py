@@ -1,0 +1,266 @@
+"""An `EditSession` holds all state of editing one model: the ordered edits and the weights they changed."""
+
+import json
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import __version__
+from ..kernels.errors import InputError
+from ..stats.corpora import read_corpus
+from ..stats.supply import moments_for
+from .delta import Delta, EditedWeights
+from .editors.registry import Job, find_method
+from .evaluation import evaluate
+from .facts import Fact, InvalidFact, digest, to_record
+from .hparams import load_hparams
+from .model import Model
+from .passes import continuations, forward_bytes, sample_contexts, stream_inputs, tokens_that_fit
+from .phases import Listener, Phases, silent
+from .prompts import check_contexts
+
+SAID_TOKENS = 6  # how much the report quotes of what the model says
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One applied edit. `report` says everything: phases, layers, every fact before and after."""
+
+    id: str
+    facts: tuple[Fact, ...]
+    report: dict[str, Any]
+
+
+class EditSession:
+    """Edits one model, in order.
+
+    method: "memit"
+    preset: a YAML file or the name of a shipped preset; None: found by the model's name
+    hparams: single hyper-parameters that replace the preset's
+    stats: a folder of second moments; None: the cache, else collected on the fly
+    corpus: what to collect them over: a text, JSONL or JSON file, or a `datasets` id; None: the demo's text
+    contexts: generated context templates, each ending in `{}`; None: sampled from the model once, with `seed`
+    batch_size: facts whose values are optimised at once; None: from the free memory
+    listener: called with (phase, done, total) while an edit runs
+
+    Raises `InputError` for an unknown method or hyper-parameter, and for a preset that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        method: str = "memit",
+        preset: str | Path | None = None,
+        stats: str | Path | None = None,
+        *,
+        hparams: Mapping[str, Any] | None = None,
+        corpus: str | Path | None = None,
+        contexts: Sequence[str] | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        listener: Listener = silent,
+    ) -> None:
+        self.model = model
+        self.method = find_method(method)
+        self.hparams, self.preset = load_hparams(
+            self.method.hparams, method, model.name, model.anatomy, preset, hparams
+        )
+        self.contexts = None if contexts is None else check_contexts(contexts, "contexts")
+        self.seed = seed
+        self.batch_size = batch_size
+        self.listener = listener
+        self.edits: list[Edit] = []
+        self.weights = EditedWeights(model)
+        self._stats = stats
+        self._corpus = corpus
+        self._moments: dict[int, Tensor] = {}
+        self._statistics: dict[str, dict[str, Any]] = {}
+
+    def edit(self, facts: Sequence[Fact], evaluate: bool = True, skipped: Sequence[InvalidFact] = ()) -> Edit:
+        """Changes the weights so that all `facts` read as they ask; whole, or not at all.
+
+        evaluate: measure success rates, and quote what the model says, before and after
+        skipped: records that were left out, for the report
+        """
+        if not facts:
+            raise InputError("no facts to edit")
+        facts = tuple(facts)
+        phases = Phases(self.listener)
+        before = self._look(facts, phases, "evaluate before") if evaluate else None
+        with phases("contexts"):
+            if self.contexts is None:
+                self.contexts = sample_contexts(self.model, self.seed)
+        with self.weights.provisional() as put:
+            outcome = self.method.edit(
+                Job(
+                    self.model,
+                    facts,
+                    self.contexts,
+                    self.hparams,
+                    lambda layers: self._second_moments(layers, phases),
+                    put,
+                    phases,
+                    self.batch_size,
+                )
+            )
+        try:
+            after = self._look(facts, phases, "evaluate after") if evaluate else None
+        except BaseException:
+            self.weights.undo_last()
+            raise
+        identity = uuid.uuid4().hex[:8]
+        report = {
+            **self._describe(identity, facts),
+            "seconds": {name: round(seconds, 4) for name, seconds in phases.seconds.items()},
+            "before": before and before["metrics"],
+            "after": after and after["metrics"],
+            "layers": outcome.layers,
+            "statistics": dict(self._statistics),
+            "facts": [
+                to_record(fact)
+                | result
+                | ({"before": before["facts"][i], "after": after["facts"][i]} if before and after else {})
+                for i, (fact, result) in enumerate(zip(facts, outcome.facts, strict=True))
+            ],
+            "skipped": [asdict(record) for record in skipped],
+        }
+        edit = Edit(identity, facts, report)
+        self.edits.append(edit)
+        return edit
+
+    def undo(self, identity: str) -> None:
+        """Takes the last edit back: the weights are bit for bit what they were before it."""
+        names = [edit.id for edit in self.edits]
+        if identity not in names:
+            raise InputError(f"no edit {identity!r} in this session; it has {', '.join(names) or 'none'}")
+        if identity != names[-1]:
+            raise InputError(f"edit {identity!r} is not the last one ({names[-1]!r} is): undo that first")
+        self.weights.undo_last()
+        self.edits.pop()
+
+    @property
+    def delta(self) -> Delta:
+        """All edits of the session as factors."""
+        about = ("id", "method", "preset", "hparams", "contexts", "seed", "facts_digest", "fact_count", "versions")
+        edits = [{key: edit.report[key] for key in about} for edit in self.edits]
+        return Delta(self.model.name, self.model.fingerprint, edits, self.weights.updates)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `delta.safetensors`, `report.json` and `ledger.jsonl` (a line an edit) into `folder`."""
+        folder = Path(folder)
+        if not self.edits:
+            raise InputError("nothing to save: this session has no edit")
+        self.delta.save(folder)
+        reports = [edit.report for edit in self.edits]
+        _write(folder / "report.json", json.dumps({"edits": reports}, indent=1, ensure_ascii=False) + "\n")
+        lines = [
+            json.dumps(
+                {key: edit.report[key] for key in ("id", "date", "method", "preset", "facts_digest")}
+                | {"facts": [to_record(fact) for fact in edit.facts]},
+                ensure_ascii=False,
+            )
+            for edit in self.edits
+        ]
+        _write(folder / "ledger.jsonl", "\n".join(lines) + "\n")
+        return folder
+
+    def _look(self, facts: Sequence[Fact], phases: Phases, phase: str) -> dict[str, Any]:
+        """Success rates, and what the model says behind each prompt."""
+        with phases(phase) as tick:
+            result = evaluate(self.model, facts, progress=tick)
+            said = continuations(self.model, [fact.question.rstrip() for fact in facts], SAID_TOKENS)
+        for record, text in zip(result["facts"], said, strict=True):
+            record["said"] = text
+        return result
+
+    def _second_moments(self, layers: Sequence[int], phases: Phases) -> dict[int, Tensor]:
+        missing = [layer for layer in layers if layer not in self._moments]
+        if missing:
+            anatomy = self.model.anatomy
+            name_of = {anatomy.layer_name(layer): layer for layer in missing}
+            with phases("statistics") as tick:
+                if self.weights.updates and self._stats is None:
+                    raise InputError("statistics are those of the unedited model: it was edited before they were there")
+                found = moments_for(
+                    dict.fromkeys(name_of, anatomy.d_in),
+                    model=self.model.name,
+                    fingerprint=self.model.fingerprint,
+                    dtype=str(next(self.model.hf.parameters()).dtype).removeprefix("torch."),
+                    run=lambda rows, sink: stream_inputs(self.model, rows, missing, sink),
+                    encode=self._encode,
+                    corpus=None if self._stats else read_corpus(self._corpus or demo_file("corpus.txt")),
+                    max_length=min(self.hparams.mom2_max_length, self.model.max_length),
+                    stats=self._stats,
+                    n_samples=self.hparams.mom2_n_samples,
+                    tokens=self.hparams.mom2_tokens or 20 * anatomy.d_in,
+                    batch_tokens=tokens_that_fit(self.model, forward_bytes(self.model)),
+                    progress=tick,
+                )
+            for name, moment in found.items():
+                self._moments[name_of[name]] = moment.mean
+                self._statistics[name] = {"source": moment.source, "tokens": moment.count}
+        return {layer: self._moments[layer] for layer in layers}
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        coded = self.model.tokenizer(texts, return_token_type_ids=False, return_attention_mask=False)
+        rows: list[list[int]] = coded["input_ids"]
+        return rows
+
+    def _describe(self, identity: str, facts: Sequence[Fact]) -> dict[str, Any]:
+        model = self.model
+        return {
+            "id": identity,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "device": str(model.device),
+            "dtype": str(next(model.hf.parameters()).dtype).removeprefix("torch."),
+            "method": self.method.name,
+            "preset": self.preset,
+            "hparams": self.hparams.model_dump(mode="json"),
+            "contexts": list(self.contexts or ()),
+            "seed": self.seed,
+            "facts_digest": digest(facts),
+            "fact_count": len(facts),
+            "versions": versions(),
+        }
+
+
+def demo_file(name: str) -> Path:
+    """A file of the embedded demo: `rewire/demo/<name>`."""
+    return Path(str(files("rewire"))) / "demo" / name
+
+
+def versions() -> dict[str, str | None]:
+    """What produced a report: Rewire (with its git commit where it runs from a checkout), Python and the libraries."""
+    found: dict[str, str | None] = {"rewire": __version__, "git": _git_hash(), "python": platform.python_version()}
+    for name in ("torch", "transformers", "triton", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _git_hash() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
