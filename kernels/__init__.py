@@ -1,1 +1,1 @@
-"""Operations on tensors: each folder holds a reference (plain torch), a Triton kernel where there is one, and the public function."""
+"""Operations on tensors: a folder each, with a reference (plain torch), a Triton kernel if any, the public function."""

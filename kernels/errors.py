@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """What the user handed in is wrong: the message names the file, line or field, what was found and what was expected.
+    """The user's input is wrong: the message names the file, line or field, what was found, what was expected.
 
     The command line prints it as one line and exits with status 2.
     """
