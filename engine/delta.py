@@ -105,6 +105,14 @@ class EditedWeights:
                     total = (self.originals[name].float() if total is None else total) + change
             self._restore(name, total)
 
+    def lost_to_rounding(self) -> dict[str, float]:
+        """Weight name -> relative Frobenius norm of what the weight's dtype lost of all updates together."""
+        lost = {}
+        for name, total in self.sums.items():
+            asked = total - self.originals[name].float()
+            lost[name] = float((self._parameter(name).detach().float() - total).norm() / asked.norm())
+        return lost
+
     def _restore(self, name: str, total: Tensor | None) -> None:
         with torch.no_grad():
             self._parameter(name).copy_(self.originals[name] if total is None else total)

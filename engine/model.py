@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,20 @@ class Model:
 
 
 def load(name: str | Path, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> Model:
-    """A model from a directory or a hub id.
+    """A model from a directory or a hub id; "demo" is the embedded one.
 
-    dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, on a CPU always float32
+    dtype: "float32", "bfloat16", "float16", "checkpoint" (as stored), or "auto": as stored, on a CPU float32
     device: "cpu", "cuda", "cuda:1", "mps", "balanced" (over all GPUs, needs accelerate), or "auto": CUDA if there
     Raises `InputError` where there is no model, it is no causal LM, or a name is unknown.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; expected auto, {', '.join(DTYPES)}")
+    if dtype not in ("auto", "checkpoint", *DTYPES):
+        raise InputError(f"dtype {dtype!r} is unknown; expected auto, checkpoint, {', '.join(DTYPES)}")
     place = pick_device(device)
     source = str(name)
+    if source == "demo" and not Path(source).exists():
+        source = str(demo_file("."))
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -89,7 +92,7 @@ def load(name: str | Path, dtype: str = "auto", device: str = "auto", revision: 
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         _refuse_other_tasks(source, config)
-        torch_dtype: Any = DTYPES.get(dtype, torch.float32 if place == "cpu" else "auto")
+        torch_dtype: Any = DTYPES.get(dtype, torch.float32 if (dtype, place) == ("auto", "cpu") else "auto")
         placement = {"device_map": "balanced"} if place == "balanced" else {}
         hf = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch_dtype, **placement)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -101,7 +104,12 @@ def load(name: str | Path, dtype: str = "auto", device: str = "auto", revision: 
     hf.eval()
     if place != "balanced":
         hf.to(place)
-    return Model(hf, tokenizer, source)
+    return Model(hf, tokenizer, str(name))
+
+
+def demo_file(name: str) -> Path:
+    """A file of the embedded demo: `rewire/demo/<name>`."""
+    return Path(str(files("rewire"))) / "demo" / name
 
 
 def wrap(hf: nn.Module, tokenizer: Any, name: str | None = None) -> Model:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from .editors.registry import Job, find_method
 from .evaluation import evaluate
 from .facts import Fact, InvalidFact, digest, to_record
 from .hparams import load_hparams
-from .model import Model
+from .model import Model, demo_file
 from .passes import continuations, forward_bytes, sample_contexts, stream_inputs, tokens_that_fit
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
@@ -234,11 +233,6 @@ class EditSession:
             "fact_count": len(facts),
             "versions": versions(),
         }
-
-
-def demo_file(name: str) -> Path:
-    """A file of the embedded demo: `rewire/demo/<name>`."""
-    return Path(str(files("rewire"))) / "demo" / name
 
 
 def versions() -> dict[str, str | None]:

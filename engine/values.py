@@ -2,7 +2,8 @@
 
 One variable delta a fact, added to the z-layer's output at the subject's last token of all its rows. Facts never see
 each other: each has its own Adam state, stop and clamp, so a batch takes the same path as one fact alone. The blocks
-up to the z-layer run once; each step runs the blocks above, and the head at label rows only.
+up to the z-layer run once; each step runs the blocks above, and the head at label rows only. Rows of all facts of a
+batch are sorted by length and run in groups that fit the caches (or the GPU): almost no padding is computed.
 
 Loss of a fact (MEMIT, arXiv 2210.07229, as published):
   mean over rewriting rows of mean over label tokens of -log p
@@ -11,7 +12,7 @@ Loss of a fact (MEMIT, arXiv 2210.07229, as published):
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,13 +21,14 @@ from ..kernels.errors import InputError
 from .facts import Fact
 from .hparams import Hparams
 from .model import Model
-from .passes import MEMORY_SHARE, Suffix, blocks_until, free_bytes, frozen
+from .passes import MEMORY_SHARE, Suffix, batches, blocks_until, free_bytes, frozen, read_at
 from .prompts import PLAIN, Row, fact_rows, kl_rows, pad
 
 STOP_LOSS = 0.05
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-CPU_FACTS = 16  # a batch beyond this many facts leaves the caches of a CPU (docs/benchmarks.md)
-GPU_FACTS = 512
+CPU_TOKENS = 512  # padded tokens of a group of rows: more leave the caches of a CPU (docs/benchmarks.md)
+GPU_TOKENS = 16384
+MAX_FACTS = 4096  # of a batch; its hidden states and variables stay in memory
 
 
 @dataclass(frozen=True)
@@ -49,36 +51,38 @@ class Values:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """A batch's token rows (fact-major: its rewriting rows, then its KL row) and what is read where."""
+class _Group:
+    """Token rows of about one length, of any facts of the batch, and what is read where."""
 
     hidden: Tensor  # [rows, T, d_model] the z-layer's output
+    suffix: Suffix
     fact: Tensor  # [rows] which fact a row belongs to
     position: Tensor  # [rows] the subject's last token
     label_row: Tensor  # [m] row of each label
     label_at: Tensor  # [m] position that predicts it
     label: Tensor  # [m] token id
     label_weight: Tensor  # [m] 1 / (labels of its row * rewriting rows of its fact)
-    kl_row: Tensor  # [facts] the fact's KL row
+    kl_row: Tensor  # [k] the rows that are KL rows
+    p_first: Tensor | None = None  # [k, vocab] their log-probabilities at delta = 0
 
-    def of(self, facts: Tensor) -> "_Rows":
-        """The rows of some facts, renumbered."""
-        device = self.hidden.device
-        number = torch.full((int(self.fact.max()) + 1,), -1, device=device)
-        number[facts] = torch.arange(len(facts), device=device)
-        rows = (number[self.fact] >= 0).nonzero()[:, 0]
-        place = torch.full((len(self.fact),), -1, device=device)
-        place[rows] = torch.arange(len(rows), device=device)
-        labels = (place[self.label_row] >= 0).nonzero()[:, 0]
-        return _Rows(
-            self.hidden[rows],
-            number[self.fact[rows]],
-            self.position[rows],
-            place[self.label_row[labels]],
-            self.label_at[labels],
-            self.label[labels],
-            self.label_weight[labels],
-            place[self.kl_row[facts]],
+    def only(self, going: Tensor) -> "_Group":
+        """Without the rows of facts that have finished; going: [facts] bool."""
+        kept = going[self.fact]
+        if kept.all():
+            return self
+        place = kept.cumsum(0) - 1
+        labels, kl = kept[self.label_row], kept[self.kl_row]
+        return replace(
+            self,
+            hidden=self.hidden[kept],
+            fact=self.fact[kept],
+            position=self.position[kept],
+            label_row=place[self.label_row[labels]],
+            label_at=self.label_at[labels],
+            label=self.label[labels],
+            label_weight=self.label_weight[labels],
+            kl_row=place[self.kl_row[kl]],
+            p_first=None if self.p_first is None else self.p_first[kl],
         )
 
 
@@ -99,138 +103,150 @@ def optimise_values(
     templates = (PLAIN, *contexts)
     rewriting = fact_rows(model.tokenizer, facts, templates, model.max_length)
     kl = kl_rows(model.tokenizer, facts)
-    longest = [max(len(row.ids) for row in group) for group in rewriting]
-    size = batch_size or facts_that_fit(model, hparams, max(longest), len(templates) + 1)
-    order = sorted(range(len(facts)), key=lambda i: longest[i])  # equal lengths together: little padding
+    longest = max(len(row.ids) for group in rewriting for row in group)
+    size = batch_size or facts_that_fit(model, longest, len(templates) + 1)
     parts: list[Values] = []
     with frozen(model):
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            rows = _layout(model, hparams.layers[-1], [rewriting[i] for i in chosen], [kl[i] for i in chosen])
-            values = _optimise(model, rows, hparams)
+        for start in range(0, len(facts), size):
+            stop = min(start + size, len(facts))
+            groups = _layout(model, hparams.layers[-1], rewriting[start:stop], kl[start:stop])
+            plain = [group[0] for group in rewriting[start:stop]]
+            h0 = read_at(model, plain, outputs=hparams.layers[-1:])["out", hparams.layers[-1]]
+
+            def tick(share: float, start: int = start, stop: int = stop) -> None:
+                progress(start + int(share * (stop - start)), len(facts))
+
+            values = _optimise(model, groups, h0, hparams, tick)
             broken = (~torch.isfinite(values.loss)).nonzero()[:, 0].tolist()
             if broken:
-                names = ", ".join(facts[chosen[i]].id for i in broken)
+                names = ", ".join(facts[start + i].id for i in broken)
                 raise InputError(f"the loss of facts {names} is not a number; no weight was changed (lower v_lr?)")
             parts.append(values)
-            progress(start + len(chosen), len(facts))
-    back = torch.tensor(order, device=model.device).argsort()
-    return Values(*(torch.cat([getattr(part, name) for part in parts])[back] for name in Values.__dataclass_fields__))
+    return Values(*(torch.cat([getattr(part, name) for part in parts]) for name in Values.__dataclass_fields__))
 
 
-def facts_that_fit(model: Model, hparams: Hparams, tokens: int, rows: int) -> int:
-    """Facts of `rows` rows of `tokens` tokens whose saved activations fit into the free memory."""
+def facts_that_fit(model: Model, tokens: int, rows: int) -> int:
+    """Facts of `rows` rows of `tokens` tokens whose hidden states and first distributions stay in memory."""
+    item = next(model.hf.parameters()).element_size()
+    state = rows * tokens * model.anatomy.d_model * item + 4 * model.anatomy.vocab
+    return max(1, min(MAX_FACTS, int(MEMORY_SHARE * free_bytes(model.device) / 2 / state)))
+
+
+def group_tokens(model: Model, layer: int) -> int:
+    """Padded tokens whose activations above `layer` are kept for one backward."""
     anatomy = model.anatomy
     item = next(model.hf.parameters()).element_size()
-    above = anatomy.n_layers - hparams.layers[-1] - 1
-    saved = item * above * (12 * anatomy.d_model + 4 * anatomy.d_in)  # a token's activations kept for the backward
-    head = 4 * 4 * anatomy.vocab * 2  # two labels a row, some float32 copies of their logits
-    room = MEMORY_SHARE * free_bytes(model.device)
-    cap = GPU_FACTS if model.device.type == "cuda" else CPU_FACTS
-    return max(1, min(cap, int(room / (rows * (tokens * saved + head)))))
+    saved = item * (anatomy.n_layers - layer - 1) * (12 * anatomy.d_model + 4 * anatomy.d_in)
+    head = 4 * 4 * anatomy.vocab / 4  # some float32 copies of the logits at one label in four tokens
+    cap = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
+    return max(1, min(cap, int(MEMORY_SHARE * free_bytes(model.device) / 2 / (saved + head))))
 
 
-def _layout(model: Model, layer: int, rewriting: Sequence[Sequence[Row]], kl: Sequence[Row]) -> _Rows:
-    rows: list[Row] = []
-    owner: list[int] = []
-    label_row: list[int] = []
-    label_at: list[int] = []
-    label: list[int] = []
-    label_weight: list[float] = []
-    kl_at: list[int] = []
-    for fact, group in enumerate(rewriting):
-        for row in group:
-            first = len(row.ids) - len(row.labels)
-            label_row += [len(rows)] * len(row.labels)
-            label_at += range(first, len(row.ids))
-            label += row.labels
-            label_weight += [1.0 / (len(row.labels) * len(group))] * len(row.labels)
-            rows.append(row)
-        kl_at.append(len(rows))
-        rows.append(kl[fact])
-        owner += [fact] * (len(group) + 1)
-    hidden = blocks_until(model, pad(rows, model.device), layer)
-    device = hidden.device
-    return _Rows(
-        hidden,
-        torch.tensor(owner, device=device),
-        torch.tensor([row.position for row in rows], device=device),
-        torch.tensor(label_row, device=device),
-        torch.tensor(label_at, device=device),
-        torch.tensor(label, device=device),
-        torch.tensor(label_weight, device=device),
-        torch.tensor(kl_at, device=device),
-    )
+def _layout(model: Model, layer: int, rewriting: Sequence[Sequence[Row]], kl: Sequence[Row]) -> list[_Group]:
+    rows = [row for group in rewriting for row in group] + list(kl)
+    owner = [fact for fact, group in enumerate(rewriting) for _ in group] + list(range(len(kl)))
+    lengths = [len(row.ids) for row in rows]
+    suffixes: dict[int, Suffix] = {}
+    groups = []
+    for chosen in batches(lengths, group_tokens(model, layer)):
+        longest = lengths[chosen[0]]
+        if longest not in suffixes:
+            suffixes[longest] = Suffix(model, layer, longest)
+        hidden = blocks_until(model, pad([rows[i] for i in chosen], model.device), layer)
+        label_row = [line for line, i in enumerate(chosen) for _ in rows[i].labels]
+        label_at = [at for i in chosen for at in range(lengths[i] - len(rows[i].labels), lengths[i])]
+        label = [token for i in chosen for token in rows[i].labels]
+        weight = [1 / (len(rows[i].labels) * len(rewriting[owner[i]])) for i in chosen for _ in rows[i].labels]
+        kl_row = [line for line, i in enumerate(chosen) if not rows[i].labels]
+
+        def put(numbers: Sequence[float], kind: torch.dtype = torch.long) -> Tensor:
+            return torch.tensor(numbers, dtype=kind, device=hidden.device)  # noqa: B023
+
+        groups.append(
+            _Group(
+                hidden,
+                suffixes[longest],
+                put([owner[i] for i in chosen]),
+                put([rows[i].position for i in chosen]),
+                put(label_row),
+                put(label_at),
+                put(label),
+                put(weight, torch.float32),
+                put(kl_row),
+            )
+        )
+    return groups
 
 
-def _optimise(model: Model, rows: _Rows, hparams: Hparams) -> Values:
-    count = len(rows.kl_row)
-    suffix = Suffix(model, hparams.layers[-1], rows.hidden.shape[1])
-    plain = torch.searchsorted(rows.fact, torch.arange(count, device=rows.fact.device))  # each fact's first row
-    h0 = rows.hidden[plain, rows.position[plain]].float()
+def _optimise(
+    model: Model, groups: list[_Group], h0: Tensor, hparams: Hparams, tick: Callable[[float], None]
+) -> Values:
     radius = hparams.clamp_norm_factor * h0.norm(dim=1)
     decay = hparams.v_weight_decay / h0.norm(dim=1) ** 2
-
-    active = torch.arange(count, device=h0.device)  # facts that still move
-    final = h0.new_zeros(count, h0.shape[1])
-    first_nll, last_nll, last_loss = (h0.new_zeros(count) for _ in range(3))
-    steps = torch.zeros(count, dtype=torch.long, device=h0.device)
-    delta = torch.zeros_like(h0)
-    m, v = torch.zeros_like(h0), torch.zeros_like(h0)
-    p_first: Tensor | None = None
+    delta, m, v = torch.zeros_like(h0), torch.zeros_like(h0), torch.zeros_like(h0)
+    going = torch.ones(len(h0), dtype=torch.bool, device=h0.device)  # facts that still move
+    first_nll, last_nll, last_loss = (h0.new_zeros(len(h0)) for _ in range(3))
+    steps = torch.zeros(len(h0), dtype=torch.long, device=h0.device)
 
     for step in range(hparams.v_num_grad_steps):
-        last = step == hparams.v_num_grad_steps - 1  # the last forward is only looked at
-        delta.requires_grad_(not last)
-        loss, nll, p_now = _loss(model, suffix, rows, delta, p_first, decay, hparams.kl_factor)
-        if p_first is None:
-            p_first = p_now.detach()
-            first_nll = nll.detach()
-        last_nll[active], last_loss[active] = nll.detach(), loss.detach()
-        final[active], steps[active] = delta.detach(), step
-        going = (loss.detach() >= STOP_LOSS) & torch.isfinite(loss.detach())
-        if last or not going.any():
+        update = step < hparams.v_num_grad_steps - 1  # the last forward is only looked at
+        nll, kl, gradient = h0.new_zeros(len(h0)), h0.new_zeros(len(h0)), torch.zeros_like(h0)
+        for number, group in enumerate(groups):
+            group = group.only(going)
+            if len(group.fact):
+                group = _add_loss(model, group, delta, hparams.kl_factor, update, nll, kl, gradient)
+            groups[number] = group
+        norm = delta.norm(dim=1)
+        loss = nll + hparams.kl_factor * kl + decay * norm
+        if step == 0:
+            first_nll = nll.clone()
+        last_nll, last_loss = torch.where(going, nll, last_nll), torch.where(going, loss, last_loss)
+        going = going & (loss >= STOP_LOSS)  # false for NaN too
+        tick((step + 1) / hparams.v_num_grad_steps)
+        if not update or not going.any():
             break
-        (gradient,) = torch.autograd.grad(loss[going].sum(), delta)
-        delta = delta.detach()
-        if not going.all():  # finished facts leave the batch, with their variable and Adam state as they are
-            keep = going.nonzero()[:, 0]
-            rows, active = rows.of(keep), active[keep]
-            delta, gradient, m, v = delta[keep], gradient[keep], m[keep], v[keep]
-            radius, decay, p_first = radius[keep], decay[keep], p_first[keep]
+        # |delta| has subgradient 0 at 0
+        gradient = gradient + (decay / norm.clamp_min(torch.finfo(norm.dtype).tiny))[:, None] * delta
         m = BETA1 * m + (1 - BETA1) * gradient
         v = BETA2 * v + (1 - BETA2) * gradient**2
-        scale = hparams.v_lr / (1 - BETA1 ** (step + 1))
-        delta = delta - scale * m / ((v / (1 - BETA2 ** (step + 1))).sqrt() + EPS)
-        norm = delta.norm(dim=1)
-        delta = torch.where((norm > radius)[:, None], delta * (radius / norm)[:, None], delta)
-    return Values(h0 + final, h0, first_nll, last_nll, last_loss, steps)
+        moved = delta - hparams.v_lr / (1 - BETA1 ** (step + 1)) * m / ((v / (1 - BETA2 ** (step + 1))).sqrt() + EPS)
+        norm = moved.norm(dim=1)
+        moved = torch.where((norm > radius)[:, None], moved * (radius / norm)[:, None], moved)
+        delta = torch.where(going[:, None], moved, delta)
+        steps += going
+    tick(1.0)
+    return Values(h0 + delta, h0, first_nll, last_nll, last_loss, steps)
 
 
-def _loss(
+def _add_loss(
     model: Model,
-    suffix: Suffix,
-    rows: _Rows,
+    group: _Group,
     delta: Tensor,
-    p_first: Tensor | None,
-    decay: Tensor,
     kl_factor: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, nll, log-probabilities of the KL rows) of each fact of the batch."""
-    lines = torch.arange(len(rows.fact), device=delta.device)
-    moved = rows.hidden.index_put((lines, rows.position), delta[rows.fact].to(rows.hidden.dtype), accumulate=True)
-    read_row = torch.cat([rows.label_row, rows.kl_row])
-    read_at = torch.cat([rows.label_at, rows.position[rows.kl_row]])
-    logp = model.logits(suffix(moved, (read_row, read_at))).log_softmax(-1)
-    labels = len(rows.label)
-    of_label = -logp[:labels].gather(1, rows.label[:, None])[:, 0] * rows.label_weight
-    nll = of_label.new_zeros(len(delta)).index_add(0, rows.fact[rows.label_row], of_label)
-    p_now = logp[labels:]
-    first = p_now.detach() if p_first is None else p_first
-    kl = (p_now.exp() * (p_now - first)).sum(-1)
-    return nll + kl_factor * kl + decay * _norm(delta), nll, p_now
+    update: bool,
+    nll: Tensor,
+    kl: Tensor,
+    gradient: Tensor,
+) -> _Group:
+    """Adds the group's part of each fact's nll and KL and, with `update`, of the gradient of their weighted sum.
 
-
-def _norm(delta: Tensor) -> Tensor:
-    """Row norms with subgradient 0 at 0 (what `torch.norm` promises; a plain square root gives NaN there)."""
-    return torch.linalg.vector_norm(delta, dim=1)
+    Returns the group with `p_first`, which the first call finds.
+    """
+    lines = torch.arange(len(group.fact), device=delta.device)
+    with torch.set_grad_enabled(update):
+        added = delta[group.fact].requires_grad_(update)
+        hidden = group.hidden.index_put((lines, group.position), added.to(group.hidden.dtype), accumulate=True)
+        read_row = torch.cat([group.label_row, group.kl_row])
+        read_at = torch.cat([group.label_at, group.position[group.kl_row]])
+        logp = model.logits(group.suffix(hidden, (read_row, read_at))).log_softmax(-1)
+        labels = len(group.label)
+        of_label = -logp[:labels].gather(1, group.label[:, None])[:, 0] * group.label_weight
+        p_now = logp[labels:]
+        p_first = p_now.detach() if group.p_first is None else group.p_first
+        of_kl = (p_now.exp() * (p_now - p_first)).sum(-1)
+        if update:
+            (found,) = torch.autograd.grad(of_label.sum() + kl_factor * of_kl.sum(), added)
+            gradient.index_add_(0, group.fact, found)
+    nll.index_add_(0, group.fact[group.label_row], of_label.detach())
+    kl.index_add_(0, group.fact[group.kl_row], of_kl.detach())
+    return replace(group, p_first=p_first)

@@ -1,0 +1,35 @@
+"""The verbs of `rewire`, put together."""
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import bench, demo, edit, evaluate, inspect, merge, presets
+
+app = typer.Typer(
+    name="rewire",
+    help="Edit facts in large language models, fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+app.command("demo")(demo.demo)
+app.command("edit")(edit.edit)
+app.command("evaluate")(evaluate.evaluate)
+app.command("merge")(merge.merge)
+app.command("inspect")(inspect.inspect)
+app.command("presets")(presets.presets)
+app.add_typer(bench.bench, name="bench")

@@ -1,0 +1,99 @@
+"""What the verbs share: options, the loaded model, progress bars, tables."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..engine.model import Model
+from ..engine.phases import Listener, silent
+from ..kernels.errors import InputError
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model directory or hub id; `demo` is the embedded one.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps, or balanced over all GPUs.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or checkpoint (as stored).")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampled context templates.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N records only.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Facts optimised at once; default: by free memory.")]
+Stats = Annotated[Path | None, typer.Option(help="Folder of second moments (ecosystem npz).")]
+Contexts = Annotated[Path | None, typer.Option(help="JSON file of context templates; default: sampled from the model.")]
+Preset = Annotated[str | None, typer.Option(help="Preset file or name; default: found by the model's name.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a hyper-parameter.")]
+
+METRICS = (
+    ("efficacy_success", "efficacy"),
+    ("paraphrase_success", "paraphrase"),
+    ("neighborhood_success", "neighborhood"),
+    ("score", "score"),
+)
+
+
+def load(name: str, dtype: str, device: str) -> Model:
+    """The model, without the libraries' own progress bars."""
+    from transformers.utils import logging
+
+    from ..engine.model import load
+
+    logging.disable_progress_bar()
+    return load(name, dtype, device)
+
+
+def new_folder(path: Path) -> Path:
+    """A folder to write into that holds nothing yet. Raises `InputError` for one that does."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"--out {path}: something is there already; name a new folder")
+    return path
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g}/s" if task.speed else "")
+
+
+@contextmanager
+def bars() -> Iterator[Listener]:
+    """A listener that draws one bar a phase, with rate and time to go; silent where stdout is no terminal."""
+    if not sys.stdout.isatty():
+        yield silent
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def listen(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        yield listen
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    print(json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f} %"
+
+
+def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Success rates, one column a state of the model."""
+    table = Table("", *columns, title="success rates", title_justify="left")
+    for key, label in METRICS:
+        table.add_row(label, *(percent(metrics[key]) for metrics in columns.values()))
+    return table
+
+
+def seconds_line(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items())

@@ -1,0 +1,90 @@
+"""`rewire edit`: facts in, weights out, proof that it worked."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import common
+
+
+def edit(
+    model: common.ModelName,
+    facts: Annotated[
+        Path, typer.Argument(metavar="FACTS", help="Facts: .jsonl, .csv, or a published data set (.json).")
+    ],
+    out: Annotated[Path, typer.Option(help="New folder for delta.safetensors, report.json and ledger.jsonl.")],
+    method: Annotated[str, typer.Option(help="Editing method.")] = "memit",
+    preset: common.Preset = None,
+    settings: common.Settings = None,
+    stats: common.Stats = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Text, JSONL, or `datasets` id to collect second moments over.")
+    ] = None,
+    contexts: common.Contexts = None,
+    batch_size: common.BatchSize = None,
+    limit: common.Limit = None,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Go on without facts that cannot be edited.")
+    ] = False,
+    evaluate: Annotated[bool, typer.Option(help="Measure success before and after.")] = True,
+    seed: common.Seed = 0,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    json: common.Json = False,
+) -> None:
+    """Edit the facts into the model; what changed is written beside it, the model itself stays as it is.
+
+    Example: rewire edit gpt2-xl facts.jsonl --method memit --out edits/first
+    """
+    from ..engine.datasets import read_facts, scan_facts
+    from ..engine.editors.registry import find_method
+    from ..engine.hparams import parse_overrides
+    from ..engine.prompts import read_contexts
+    from ..engine.session import EditSession
+
+    find_method(method)
+    common.new_folder(out)
+    overrides = parse_overrides(settings or [])
+    wanted, skipped = scan_facts(facts, limit) if skip_invalid else (read_facts(facts, limit), [])
+    templates = None if contexts is None else read_contexts(contexts)
+    loaded = common.load(model, dtype, device)
+    with common.bars() as listener:
+        session = EditSession(
+            loaded,
+            method,
+            preset,
+            stats,
+            hparams=overrides,
+            corpus=corpus,
+            contexts=templates,
+            seed=seed,
+            batch_size=batch_size,
+            listener=listener,
+        )
+        done = session.edit(wanted, evaluate, skipped)
+        session.save(out)
+    report = done.report
+    if json:
+        common.print_json(
+            {
+                "facts": len(wanted),
+                "out": str(out),
+                "seconds": report["seconds"],
+                "before": report["before"],
+                "after": report["after"],
+                "skipped": report["skipped"],
+            }
+        )
+        return
+    console = Console()
+    for record in skipped:
+        console.print(f"skipped {record.where}: {record.reason}", markup=False)
+    console.print(f"{len(wanted)} facts edited into {model} with {report['method']}, {report['preset']}", markup=False)
+    if evaluate:
+        console.print(common.metrics_table({"before": report["before"], "after": report["after"]}))
+    console.print(common.seconds_line(report["seconds"]), markup=False)
+    console.print(
+        f"written to {out}: the model with it is made by  rewire merge {out} --to {model} --out NEW", markup=False
+    )
