@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..kernels.errors import InputError
-from ..stats.corpora import read_corpus
-from ..stats.supply import moments_for
+from ..stats import moments_for, read_corpus
 from .delta import Delta, EditedWeights
 from .editors.registry import Job, find_method
 from .evaluation import evaluate

@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from rewire.kernels.errors import InputError
+from rewire.stats import moments
+from rewire.stats.moments import SecondMoment
+
+
+def keys(tokens: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Skewed columns and a shared mean, as real keys have."""
+    generator = torch.Generator().manual_seed(seed)
+    return ((torch.randn(tokens, d, generator=generator) + 0.3) * torch.logspace(-2, 1, d)).to(dtype)
+
+
+def exact(X: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64)
+    for row in X.double():
+        total += torch.outer(row, row)
+    return total
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    scale = wanted.diagonal().sqrt()
+    return float(((found.double() - wanted).abs() / scale[:, None] / scale).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_equals_a_float64_loop(dtype: torch.dtype) -> None:
+    X = keys(700, 33, dtype)
+    moment = SecondMoment(33)
+    for part in X.split([1, 0, 250, 449]):
+        moment.add(part)
+    result = moment.finish(documents=4)
+    wanted = exact(X)
+    assert relative(result.sum, wanted) < 1e-6
+    assert (result.count, result.documents, result.source) == (700, 4, "collected")
+    assert result.sum.dtype is torch.float32
+    assert torch.equal(result.sum, result.sum.T)
+    assert relative(result.mean, wanted / 700) < 1e-6
+
+
+def test_folds_inside_a_batch_and_across_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "FOLD", 64)
+    X = keys(500, 17)
+    whole, parts = SecondMoment(17), SecondMoment(17)
+    whole.add(X)
+    for part in X.split([3, 200, 64, 1, 232]):
+        parts.add(part)
+    # chunks are cut at the same tokens however they came in: only the order within a chunk's products differs
+    assert relative(whole.finish().sum, exact(X)) < 1e-6
+    assert relative(parts.finish().sum, exact(X)) < 1e-6
+    assert whole.count == parts.count == 500
+
+
+def test_both_triangles_of_a_wide_layer() -> None:
+    """Wider than a block of the kernel, so that something above the diagonal is left undefined until the end."""
+    X = keys(60, 600)
+    moment = SecondMoment(600)
+    moment.add(X)
+    result = moment.finish()
+    assert torch.equal(result.sum, result.sum.T)
+    assert relative(result.sum, X.double().T @ X.double()) < 1e-6
+
+
+def test_small_keys_are_not_lost_behind_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a key of 1e4 (a BOS has such) fp32 stands at 1e8, where adding 1 changes nothing: fp64 takes over."""
+    monkeypatch.setattr(moments, "FOLD", 16)
+    moment = SecondMoment(1)
+    moment.add(torch.tensor([[1e4]]))
+    for _ in range(2000):
+        moment.add(torch.ones(1, 1))
+    assert moment.finish().sum.item() == pytest.approx(1e8 + 2000, abs=16)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_keys_name_the_layer(bad: float) -> None:
+    moment = SecondMoment(4, name="h.3.c_proj")
+    X = torch.ones(10, 4)
+    X[7, 2] = bad
+    moment.add(X)
+    with pytest.raises(InputError, match=r"^h\.3\.c_proj: NaN or Inf among the keys of tokens 0 to 10; .*$"):
+        moment.finish()
+
+
+def test_wrong_width_is_a_bug_of_the_caller() -> None:
+    with pytest.raises(ValueError, match=r"h\.1: keys of shape \(10, 5\), expected \[T, 4\]"):
+        SecondMoment(4, name="h.1").add(torch.ones(10, 5))
+
+
+def test_inference_mode_of_the_caller_does_not_stick() -> None:
+    with torch.inference_mode():
+        moment = SecondMoment(4)
+        moment.add(torch.ones(10, 4))
+    moment.add(torch.ones(5, 4, requires_grad=True))
+    result = moment.finish()
+    assert result.sum.tolist() == [[15.0] * 4] * 4
+    assert not result.sum.requires_grad
