@@ -20,7 +20,7 @@ def inspect(
     """
     from ..engine.editors.registry import find_method, method_names
     from ..engine.hparams import load_hparams
-    from ..engine.passes import verify
+    from ..engine.suffix import verify
 
     loaded = common.load(model, dtype, device)
     found: dict[str, object] = asdict(loaded.anatomy)

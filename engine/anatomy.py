@@ -36,6 +36,8 @@ FAMILIES: dict[str, tuple[str, str, str, str | None]] = {
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
+_POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")  # names of a norm behind the projection
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -109,7 +111,9 @@ def widths(projection: nn.Module) -> tuple[int, int]:
 
 def _refuse(hf: nn.Module, config: Any, text: Any) -> None:
     kind = type(hf).__name__
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_decoder", None) is False:
+    # GPT-NeoX is causal, and its config says is_decoder=False nevertheless
+    encoder = config.model_type not in FAMILIES and getattr(text, "is_decoder", None) is False
+    if encoder or getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{kind} ({config.model_type}) is an encoder model; expected a causal (decoder-only) LM")
     experts = next((name for name in _EXPERT_COUNTS if (getattr(text, name, None) or 0) > 1), None)
     if experts is not None:
@@ -153,5 +157,5 @@ def _by_structure(hf: nn.Module, text: Any) -> tuple[str, str, str, str | None]:
     if not norms:
         raise InputError(f"{name}: unknown family, and no final norm beside {blocks}")
     prefix = blocks.rpartition(".")[0]
-    post = [path for path, _ in stack[0].named_children() if path in ("post_feedforward_layernorm", "post_mlp_norm")]
+    post = [path for path, _ in stack[0].named_children() if path in _POST_NORMS]
     return blocks, f"{prefix}.{norms[-1]}" if prefix else norms[-1], candidates[0], post[0] if post else None

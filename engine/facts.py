@@ -3,6 +3,7 @@
 import csv
 import difflib
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -51,13 +52,14 @@ class Fact:
 
     def __post_init__(self) -> None:
         for name in ("subject", "prompt", "target_new"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise InputError(f"{name} is {type(value).__name__}, expected text")
-            if not value.strip():
-                raise InputError(f"{name} is empty")
-        if self.target_true is not None and not self.target_true.strip():
+            _check_text(name, getattr(self, name))
+        if isinstance(self.target_true, str) and not self.target_true.strip():
             raise InputError("target_true is empty; leave the field out where nothing is known")
+        if self.target_true is not None:
+            _check_text("target_true", self.target_true)
+        for name in ("paraphrases", "neighbors"):
+            for text in getattr(self, name):
+                _check_text(f"a text of {name}", text)
         object.__setattr__(self, "prompt", place_subject(self.prompt, self.subject))
         for name in ("target_new", "target_true"):
             value = getattr(self, name)
@@ -119,11 +121,14 @@ def from_record(record: Mapping[str, Any]) -> Fact:
     values = dict(record)
     for name in ("paraphrases", "neighbors"):
         values[name] = _texts(name, values.get(name))
-    values["edit_neighbors"] = tuple(_edit_neighbor(n) for n in values.get("edit_neighbors") or ())
-    values["id"] = str(values["id"]) if values.get("id") not in (None, "") else ""
-    true = values.get("target_true")
-    if true is not None and not isinstance(true, str):
-        raise InputError(f"target_true is {type(true).__name__}, expected text")
+    held = values.get("edit_neighbors") or ()
+    if not isinstance(held, (list, tuple)):
+        raise InputError(f"edit_neighbors is {type(held).__name__}, expected a list")
+    values["edit_neighbors"] = tuple(_edit_neighbor(neighbor) for neighbor in held)
+    identity = values.get("id")
+    if identity is not None and (isinstance(identity, bool) or not isinstance(identity, (str, int))):
+        raise InputError(f"id is {type(identity).__name__}, expected text or a whole number")
+    values["id"] = "" if identity is None else str(identity)
     return Fact(**values)
 
 
@@ -133,48 +138,74 @@ class UnknownField(InputError):
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     value = [value] if isinstance(value, str) else (value or [])
-    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise InputError(f"{name} is {value!r}, expected a list of texts")
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"{name} is {type(value).__name__}, expected a list of texts")
     return tuple(value)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name} is {type(value).__name__}, expected text")
+    if not value.strip():
+        raise InputError(f"{name} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON may hold them, tokenizers refuse them
+        raise InputError(f"{name} holds half of a surrogate pair, expected text: {value!r}")
 
 
 def _edit_neighbor(value: Any) -> EditNeighbor:
     if not isinstance(value, Mapping) or set(value) != {"subject", "prompt", "target"}:
         raise InputError(f"edit_neighbors holds {value!r}, expected objects with subject, prompt and target")
+    for name, text in value.items():
+        _check_text(f"{name} in edit_neighbors", text)
     return EditNeighbor(value["subject"], place_subject(value["prompt"], value["subject"]), value["target"])
+
+
+def read_text(path: Path) -> str:
+    """The whole file, without the byte order mark of Windows. Raises `InputError` where it is no UTF-8 text."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: line {line}: not UTF-8 text (byte 0x{error.object[error.start]:02x})") from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) for each line that is not blank. Raises `InputError` with the line number for broken JSON."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: {where}: broken JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}: {where}: {type(record).__name__} found, expected a JSON object")
-            yield where, record
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: {where}: broken JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: {where}: {type(record).__name__} found, expected a JSON object")
+        yield where, record
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) for each row; the header names the fields. Lists stand as JSON, or as one text."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            where = f"line {reader.line_num}"
-            if None in row:
-                raise InputError(f"{path}: {where}: more cells than the header has fields")
-            record: dict[str, Any] = {key: value for key, value in row.items() if value not in (None, "")}
-            for name in ("paraphrases", "neighbors", "edit_neighbors"):
-                if name in record and record[name].lstrip().startswith("["):
-                    try:
-                        record[name] = json.loads(record[name])
-                    except json.JSONDecodeError as error:
-                        raise InputError(f"{path}: {where}: broken JSON in {name} ({error.msg})") from None
-            # an empty cell of a required field is an empty field, not a missing one
-            record.update({name: "" for name in ("subject", "prompt", "target_new") if name in row and not row[name]})
-            yield where, record
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InputError(f"{path}: line {reader.reader.line_num}: broken CSV ({error})") from None
+        where = f"line {reader.line_num}"
+        if None in row:
+            raise InputError(f"{path}: {where}: more cells than the header has fields")
+        record: dict[str, Any] = {key: value for key, value in row.items() if value not in (None, "")}
+        for name in ("paraphrases", "neighbors", "edit_neighbors"):
+            if name in record and record[name].lstrip().startswith("["):
+                try:
+                    record[name] = json.loads(record[name])
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}: {where}: broken JSON in {name} ({error.msg})") from None
+        # an empty cell of a required field is an empty field, not a missing one
+        record.update({name: "" for name in ("subject", "prompt", "target_new") if name in row and not row[name]})
+        yield where, record

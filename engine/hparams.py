@@ -6,7 +6,7 @@ Rewire does not use are accepted, said once, and ignored; an unknown key is an e
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +27,7 @@ UNUSED = {
 }
 # keys of a preset file that are about the file: where its values come from, other names of the model
 ABOUT = {"source", "aliases"}
+SET = "--set"  # where single values come from, in messages
 
 
 class Hparams(BaseModel):
@@ -47,7 +48,7 @@ class Hparams(BaseModel):
     rewrite_module_tmp: the published name of the edited module; must be what the anatomy says
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     layers: tuple[int, ...] = Field(min_length=1)
     fact_token: Literal["subject_last"] = "subject_last"
@@ -64,6 +65,13 @@ class Hparams(BaseModel):
     mom2_max_length: int = Field(512, ge=2)
     rewrite_module_tmp: str | None = None
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _list(cls, layers: Any) -> Any:
+        if not isinstance(layers, (list, tuple)):
+            raise ValueError("expected a list of layer numbers such as [3, 4, 5]")
+        return layers
+
     @field_validator("layers")
     @classmethod
     def _ascending(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -71,16 +79,23 @@ class Hparams(BaseModel):
             raise ValueError("expected ascending layer numbers from 0, each once")
         return layers
 
-    def check(self, anatomy: Anatomy, where: str) -> None:
-        """Raises `InputError` where these hyper-parameters do not fit the model."""
+    def check(self, anatomy: Anatomy, where: Callable[[str], str]) -> None:
+        """Raises `InputError` where these hyper-parameters do not fit the model; where(name): the value's source."""
         n = anatomy.n_layers
         if self.layers[-1] >= n:
-            raise InputError(f"{where}: layers {list(self.layers)} out of range: the model has layers 0 to {n - 1}")
+            raise InputError(
+                f"{where('layers')}: layers {list(self.layers)} out of range: the model has layers 0 to {n - 1}"
+            )
         if self.v_loss_layer not in (None, n - 1):
-            raise InputError(f"{where}: v_loss_layer is {self.v_loss_layer}, expected the last block, {n - 1}")
+            raise InputError(
+                f"{where('v_loss_layer')}: v_loss_layer is {self.v_loss_layer}, expected the last block, {n - 1}"
+            )
         module = anatomy.layer_name(0).replace(".0.", ".{}.")
         if self.rewrite_module_tmp not in (None, module):
-            raise InputError(f"{where}: rewrite_module_tmp is {self.rewrite_module_tmp!r}, this model has {module!r}")
+            raise InputError(
+                f"{where('rewrite_module_tmp')}: rewrite_module_tmp is {self.rewrite_module_tmp!r}, "
+                f"this model has {module!r}"
+            )
 
 
 H = TypeVar("H", bound=Hparams)
@@ -110,33 +125,39 @@ def load_hparams(
     if path is None:
         values: dict[str, Any] = {"layers": default_layers(anatomy.n_layers)}
         source = "defaults by depth"
-        log.warning(
-            "no preset for %s: editing layers %s with default hyper-parameters, untuned; see --preset and --set",
-            model_name,
-            values["layers"],
-        )
     else:
         values = read_yaml(path)
         source = str(path) if path.parent.parent.name != "hparams" else f"hparams/{method}/{path.name}"
         if "source" in values:
             source += f" ({values['source']})"
-    where = "--set" if path is None else str(path)
-    for key in overrides or {}:
-        _known(key, kind, "--set")
-    values |= overrides or {}
+    overrides = overrides or {}
+    for key in overrides:
+        _known(key, kind, SET)
+    for key in values:
+        if key not in UNUSED | ABOUT:
+            _known(key, kind, str(path))
+    values |= overrides
+    if path is None:
+        log.warning(
+            "no preset for %s: editing layers %s with default hyper-parameters, untuned; see --preset and --set",
+            model_name,
+            values["layers"],
+        )
+
+    def where(name: str) -> str:
+        return SET if name in overrides or path is None else str(path)
+
     unused = sorted(set(values) & UNUSED)
     if unused:
         log.info("not used by Rewire, ignored: %s", ", ".join(unused))
-    for key in values:
-        if key not in UNUSED | ABOUT:
-            _known(key, kind, where)
     try:
         hparams = kind(**{key: value for key, value in values.items() if key not in UNUSED | ABOUT})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        found = f" ({first['input']!r} found)"
-        raise InputError(f"{where}: {field}: {first['msg']}{found}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        found = "" if first["type"] == "missing" else f" ({first['input']!r} found)"
+        raise InputError(f"{where(str(first['loc'][0]))}: {field}: {reason}{found}") from None
     hparams.check(anatomy, where)
     return hparams, source
 
@@ -152,7 +173,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: no preset there: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: cannot be read as a preset: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a YAML mapping of hyper-parameters")
     return {str(key): _number(value) for key, value in content.items()}
@@ -164,11 +185,13 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise InputError(f"--set {text}: expected key=value")
+            raise InputError(f"{SET} {text}: expected key=value")
         try:
             result[key.strip()] = _number(yaml.safe_load(value))
         except yaml.YAMLError:
-            raise InputError(f"--set {text}: the value is no YAML") from None
+            raise InputError(
+                f"{SET} {text}: the value cannot be read (YAML is expected, such as 0.5 or [3, 4])"
+            ) from None
     return result
 
 

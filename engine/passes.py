@@ -12,9 +12,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ..kernels.errors import InputError
 from .model import Model
-from .prompts import CONTEXT_TOKENS, CONTEXT_TOP_K, SEED_WORDS, Row, clean_context, pad
+from .prompts import CONTEXT_TOKENS, CONTEXT_TOP_K, SEED_WORDS, Row, clean_context, pad, prompt_ids
 
 MEMORY_SHARE = 0.4  # of the free memory that a batch may take
 CPU_TOKENS = 4096  # larger batches leave the caches and win nothing (docs/benchmarks.md)
@@ -43,7 +42,8 @@ def frozen(model: Model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooks(*handles: Any) -> Iterator[None]:
+def hooks(*handles: Any) -> Iterator[None]:
+    """The handles' hooks are there inside, and gone afterwards."""
     try:
         yield
     finally:
@@ -56,9 +56,19 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _forward(model: Model, ids: Tensor) -> None:
+def _forward(model: Model, ids: Tensor, **kwargs: Any) -> None:
     with contextlib.suppress(_Stop):
-        model.hf(input_ids=ids, use_cache=False)
+        model.hf(input_ids=ids, **({"use_cache": False} | kwargs))
+
+
+def run_until(model: Model, ids: Tensor, module: nn.Module, **kwargs: Any) -> None:
+    """A forward over token ids [rows, T] that ends where `module` is reached."""
+    with hooks(module.register_forward_pre_hook(_stop)):
+        _forward(model, ids, **kwargs)
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
 
 
 def free_bytes(device: torch.device) -> int:
@@ -138,7 +148,7 @@ def read_at(
         for key, module in wanted.items()
     ]
     budget = batch_tokens or tokens_that_fit(model, forward_bytes(model))
-    with frozen(model), _hooks(*handles):
+    with frozen(model), hooks(*handles):
         for batch in batches([len(row.ids) for row in rows], budget):
             chosen = torch.tensor(batch)
             at = torch.tensor([rows[i].position for i in batch])
@@ -165,7 +175,7 @@ def stream_inputs(
         return take
 
     handles = [model.projection(layer).register_forward_pre_hook(hook(layer)) for layer in layers]
-    with frozen(model), _hooks(*handles):
+    with frozen(model), hooks(*handles):
         _forward(model, pad([Row(tuple(row)) for row in rows], model.device))
 
 
@@ -178,49 +188,9 @@ def blocks_until(model: Model, ids: Tensor, layer: int) -> Tensor:
         kept.append(hidden_of(output))
         raise _Stop
 
-    with frozen(model), _hooks(model.block(layer).register_forward_hook(keep)):
+    with frozen(model), hooks(model.block(layer).register_forward_hook(keep)):
         _forward(model, ids)
     return kept[0]
-
-
-class Suffix:
-    """The blocks above `layer` and the final norm as one function of the hidden states that enter them.
-
-    What a block is called with besides the hidden states (masks, rotary angles) depends on the row length alone, so it
-    is recorded once from a single row of that length and replayed for any number of rows.
-    """
-
-    def __init__(self, model: Model, layer: int, length: int) -> None:
-        self.model = model
-        self.above = range(layer + 1, model.anatomy.n_layers)
-        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        norm = model.hf.get_submodule(model.anatomy.norm)
-        self.norm = norm
-
-        def record(layer: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                kwargs = dict(kwargs)
-                if not args:
-                    del kwargs["hidden_states"]
-                self.calls[layer] = (args[1:], kwargs)
-
-            return hook
-
-        handles = [model.block(i).register_forward_pre_hook(record(i), with_kwargs=True) for i in self.above]
-        handles.append(norm.register_forward_pre_hook(_stop))
-        with torch.no_grad(), frozen(model), _hooks(*handles):
-            _forward(model, torch.zeros(1, length, dtype=torch.long, device=model.device))
-
-    def __call__(self, hidden: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
-        """hidden: [rows, T, d_model] -> [m, d_model], behind the final norm, at the m places (row, position)."""
-        for layer in self.above:
-            args, kwargs = self.calls[layer]
-            hidden = hidden_of(self.model.block(layer)(hidden, *args, **kwargs))
-        return self.norm(hidden[read])
-
-
-def _stop(*_: Any) -> None:
-    raise _Stop
 
 
 @torch.no_grad()
@@ -233,7 +203,7 @@ def final_hidden(model: Model, rows: Sequence[Row], places: Sequence[Sequence[in
         seen.append(args[0])
         raise _Stop
 
-    with frozen(model), _hooks(model.head.register_forward_pre_hook(keep)):
+    with frozen(model), hooks(model.head.register_forward_pre_hook(keep)):
         for batch in batches([len(row.ids) for row in rows], batch_tokens):
             _forward(model, pad([rows[i] for i in batch], model.device))
             hidden = seen.pop()
@@ -279,7 +249,7 @@ def score(
 def continuations(model: Model, prompts: Sequence[str], tokens: int, batch_tokens: int | None = None) -> list[str]:
     """What the model says behind each prompt, greedily, `tokens` tokens at most."""
     tokenizer = model.tokenizer
-    coded = tokenizer(list(prompts), return_token_type_ids=False, return_attention_mask=False)["input_ids"]
+    coded = prompt_ids(tokenizer, prompts)
     budget = batch_tokens or tokens_that_fit(model, forward_bytes(model) * 2)
     result = [""] * len(prompts)
     with frozen(model):
@@ -306,7 +276,7 @@ def continuations(model: Model, prompts: Sequence[str], tokens: int, batch_token
 def sample_contexts(model: Model, seed: int) -> tuple[str, ...]:
     """One context template for each of MEMIT's seed words, sampled (top-k) to `CONTEXT_TOKENS` tokens with BOS."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [list(ids) for ids in model.tokenizer(list(SEED_WORDS), return_token_type_ids=False)["input_ids"]]
+    rows = prompt_ids(model.tokenizer, SEED_WORDS)
     while growing := [row for row in rows if len(row) < CONTEXT_TOKENS]:
         kept = [Row(tuple(row)) for row in growing]
         hidden = final_hidden(model, kept, [[len(row) - 1] for row in growing], batch_tokens=CONTEXT_TOKENS * len(rows))
@@ -315,34 +285,3 @@ def sample_contexts(model: Model, seed: int) -> tuple[str, ...]:
         for row, token in zip(growing, top.indices.gather(1, picks)[:, 0].tolist(), strict=True):
             row.append(token)
     return tuple(clean_context(model.tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
-
-
-@torch.no_grad()
-def verify(model: Model, layer: int) -> None:
-    """Runs a short row to see that the anatomy is right. Raises `InputError` where the family does something else.
-
-    Checked: blocks replayed above `layer` give the model's own logits; what is added to the projection's output arrives
-    unscaled at the block's output (unless a known norm lies between).
-    """
-    length = 8
-    ids = torch.arange(1, length + 1, device=model.device)[None] % model.anatomy.vocab
-    with frozen(model):
-        own = model.hf(input_ids=ids, use_cache=False).logits[0].float()
-        read = (torch.zeros(length, dtype=torch.long, device=own.device), torch.arange(length, device=own.device))
-        before = blocks_until(model, ids, layer)
-        replayed = model.logits(Suffix(model, layer, length)(before, read))
-        tolerance = 1e-3 if own.dtype == before.dtype else 5e-2
-        kind = model.anatomy.model_type
-        if not torch.allclose(replayed, own, atol=tolerance * float(own.abs().max()), rtol=0):
-            raise InputError(f"{kind}: its logits are not head(norm(blocks)): this family cannot be edited yet")
-        if model.anatomy.post_norm is not None:
-            return
-        push = torch.ones_like(before[:, -1]) * before.float().std().to(before.dtype)
-
-        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return torch.cat([output[:, :-1], output[:, -1:] + push], 1)
-
-        with _hooks(model.projection(layer).register_forward_hook(add)):
-            moved = blocks_until(model, ids, layer)[:, -1] - before[:, -1]
-        if not torch.allclose(moved.float(), push.float(), rtol=5e-2, atol=5e-2 * float(push.abs().max())):
-            raise InputError(f"{kind}: a block rescales the MLP's output before adding it: it cannot be edited yet")

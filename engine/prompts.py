@@ -76,6 +76,11 @@ def answer_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     return _tokenise(tokenizer, [_answer(prompt, target) for prompt, target in pairs])
 
 
+def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that the model shall continue: without the EOS that some tokenizers put behind."""
+    return [list(row.ids) for row in _tokenise(tokenizer, [_Text(prompt, None, None) for prompt in prompts])]
+
+
 def _answer(prompt: str, target: str, subject_at: int | None = None) -> _Text:
     prompt = prompt.rstrip()  # the target brings its own space
     return _Text(f"{prompt} {target}", len(prompt), subject_at)
@@ -108,9 +113,9 @@ def _row(ids: list[int], offsets: list[tuple[int, int]], special: list[int], tex
         end -= 1
     position = -1
     if text.subject_at is not None:
-        # the last of the tokens that cover the character: a character may be several byte tokens
-        covering = [i for i, (start, stop) in enumerate(offsets[:end]) if start <= text.subject_at < stop]
-        position = covering[-1]
+        # the last token that begins there or before: a character may be several byte tokens, and a normaliser that
+        # composes "e" and an accent (Qwen) leaves the accent to no token
+        position = max(i for i, (start, _) in enumerate(offsets[:end]) if start <= text.subject_at)
     if text.target_at is None:
         return Row(tuple(ids[:end]), position)
     first = next(i for i, (_, stop) in enumerate(offsets[:end]) if stop > text.target_at)

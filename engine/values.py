@@ -2,8 +2,8 @@
 
 One variable delta a fact, added to the z-layer's output at the subject's last token of all its rows. Facts never see
 each other: each has its own Adam state, stop and clamp, so a batch takes the same path as one fact alone. The blocks
-up to the z-layer run once; each step runs the blocks above, and the head at label rows only. Rows of all facts of a
-batch are sorted by length and run in groups that fit the caches (or the GPU): almost no padding is computed.
+up to the z-layer run once; each step runs the blocks above from the subject on (`engine.suffix`), and the head at
+label rows only. Rows of all facts of a batch are sorted by length and run in groups that fit the caches (or the GPU).
 
 Loss of a fact (MEMIT, arXiv 2210.07229, as published):
   mean over rewriting rows of mean over label tokens of -log p
@@ -21,8 +21,9 @@ from ..kernels.errors import InputError
 from .facts import Fact
 from .hparams import Hparams
 from .model import Model
-from .passes import MEMORY_SHARE, Suffix, batches, blocks_until, free_bytes, frozen, read_at
+from .passes import MEMORY_SHARE, batches, blocks_until, free_bytes, frozen, read_at
 from .prompts import PLAIN, Row, fact_rows, kl_rows, pad
+from .suffix import Call, Suffix, record_calls
 
 STOP_LOSS = 0.05
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -54,10 +55,8 @@ class Values:
 class _Group:
     """Token rows of about one length, of any facts of the batch, and what is read where."""
 
-    hidden: Tensor  # [rows, T, d_model] the z-layer's output
     suffix: Suffix
     fact: Tensor  # [rows] which fact a row belongs to
-    position: Tensor  # [rows] the subject's last token
     label_row: Tensor  # [m] row of each label
     label_at: Tensor  # [m] position that predicts it
     label: Tensor  # [m] token id
@@ -74,9 +73,8 @@ class _Group:
         labels, kl = kept[self.label_row], kept[self.kl_row]
         return replace(
             self,
-            hidden=self.hidden[kept],
+            suffix=self.suffix.only(kept),
             fact=self.fact[kept],
-            position=self.position[kept],
             label_row=place[self.label_row[labels]],
             label_at=self.label_at[labels],
             label=self.label[labels],
@@ -126,9 +124,9 @@ def optimise_values(
 
 
 def facts_that_fit(model: Model, tokens: int, rows: int) -> int:
-    """Facts of `rows` rows of `tokens` tokens whose hidden states and first distributions stay in memory."""
+    """Facts of `rows` rows of `tokens` tokens whose keys, values and first distributions stay in memory."""
     item = next(model.hf.parameters()).element_size()
-    state = rows * tokens * model.anatomy.d_model * item + 4 * model.anatomy.vocab
+    state = rows * tokens * (2 * model.anatomy.n_layers + 1) * model.anatomy.d_model * item + 4 * model.anatomy.vocab
     return max(1, min(MAX_FACTS, int(MEMORY_SHARE * free_bytes(model.device) / 2 / state)))
 
 
@@ -145,34 +143,34 @@ def group_tokens(model: Model, layer: int) -> int:
 def _layout(model: Model, layer: int, rewriting: Sequence[Sequence[Row]], kl: Sequence[Row]) -> list[_Group]:
     rows = [row for group in rewriting for row in group] + list(kl)
     owner = [fact for fact, group in enumerate(rewriting) for _ in group] + list(range(len(kl)))
-    lengths = [len(row.ids) for row in rows]
-    suffixes: dict[int, Suffix] = {}
+    active = [len(row.ids) - row.position for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: rows[i].position)  # rows of one batch start at about one place
+    recorded: dict[int, dict[int, Call]] = {}
     groups = []
-    for chosen in batches(lengths, group_tokens(model, layer)):
-        longest = lengths[chosen[0]]
-        if longest not in suffixes:
-            suffixes[longest] = Suffix(model, layer, longest)
-        hidden = blocks_until(model, pad([rows[i] for i in chosen], model.device), layer)
-        label_row = [line for line, i in enumerate(chosen) for _ in rows[i].labels]
-        label_at = [at for i in chosen for at in range(lengths[i] - len(rows[i].labels), lengths[i])]
-        label = [token for i in chosen for token in rows[i].labels]
-        weight = [1 / (len(rows[i].labels) * len(rewriting[owner[i]])) for i in chosen for _ in rows[i].labels]
-        kl_row = [line for line, i in enumerate(chosen) if not rows[i].labels]
+    for batch in batches([active[i] for i in order], group_tokens(model, layer)):
+        chosen = [order[i] for i in batch]
+        ids = pad([rows[i] for i in chosen], model.device)
+        longest = ids.shape[1]
+        if longest not in recorded:
+            recorded[longest] = record_calls(model, layer, longest)
+        hidden = blocks_until(model, ids, layer)
+        labels = [rows[i].labels for i in chosen]
 
         def put(numbers: Sequence[float], kind: torch.dtype = torch.long) -> Tensor:
             return torch.tensor(numbers, dtype=kind, device=hidden.device)  # noqa: B023
 
+        start = put([rows[i].position for i in chosen])
+        ends = [len(rows[i].ids) for i in chosen]
+        share = [len(rewriting[owner[i]]) * len(rows[i].labels) for i in chosen]
         groups.append(
             _Group(
-                hidden,
-                suffixes[longest],
-                put([owner[i] for i in chosen]),
-                put([rows[i].position for i in chosen]),
-                put(label_row),
-                put(label_at),
-                put(label),
-                put(weight, torch.float32),
-                put(kl_row),
+                suffix=Suffix.of(model, recorded[longest], hidden, start, active[chosen[0]]),
+                fact=put([owner[i] for i in chosen]),
+                label_row=put([line for line, row in enumerate(labels) for _ in row]),
+                label_at=put([at for end, row in zip(ends, labels, strict=True) for at in range(end - len(row), end)]),
+                label=put([token for row in labels for token in row]),
+                label_weight=put([1 / n for n, row in zip(share, labels, strict=True) for _ in row], torch.float32),
+                kl_row=put([line for line, row in enumerate(labels) if not row]),
             )
         )
     return groups
@@ -232,13 +230,11 @@ def _add_loss(
 
     Returns the group with `p_first`, which the first call finds.
     """
-    lines = torch.arange(len(group.fact), device=delta.device)
     with torch.set_grad_enabled(update):
         added = delta[group.fact].requires_grad_(update)
-        hidden = group.hidden.index_put((lines, group.position), added.to(group.hidden.dtype), accumulate=True)
         read_row = torch.cat([group.label_row, group.kl_row])
-        read_at = torch.cat([group.label_at, group.position[group.kl_row]])
-        logp = model.logits(group.suffix(hidden, (read_row, read_at))).log_softmax(-1)
+        read_at = torch.cat([group.label_at, group.suffix.start[group.kl_row]])
+        logp = model.logits(group.suffix(added, (read_row, read_at))).log_softmax(-1)
         labels = len(group.label)
         of_label = -logp[:labels].gather(1, group.label[:, None])[:, 0] * group.label_weight
         p_now = logp[labels:]

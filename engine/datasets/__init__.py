@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import InputError
-from ..facts import Fact, InvalidFact, UnknownField, from_record, read_csv, read_jsonl
+from ..facts import Fact, InvalidFact, UnknownField, from_record, read_csv, read_jsonl, read_text
 from . import counterfact
 
 # (does this record look like it, its fields under our names)
@@ -33,49 +33,52 @@ def scan_facts(path: str | Path, limit: int | None = None) -> tuple[list[Fact], 
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file (expected facts as .jsonl, .csv or .json)")
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {found} (expected facts as .jsonl, .csv or .json)")
     facts: list[Fact] = []
     invalid: list[InvalidFact] = []
-    try:
-        for number, (where, record) in enumerate(_records(path)):
-            if limit is not None and number >= limit:
-                break
-            try:
-                facts.append(from_record(record))
-            except UnknownField as error:
-                raise InputError(f"{path}: {where}: {error}") from None
-            except InputError as error:
-                invalid.append(InvalidFact(where, str(error)))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    places: dict[str, str] = {}
+    for number, (where, record) in enumerate(_records(path)):
+        if limit is not None and number >= limit:
+            break
+        try:
+            fact = from_record(record)
+        except UnknownField as error:
+            hint = "; nor is it a published data set that Rewire reads" if path.suffix.lower() == ".json" else ""
+            raise InputError(f"{path}: {where}: {error}{hint}") from None
+        except InputError as error:
+            invalid.append(InvalidFact(where, str(error)))
+            continue
+        if fact.id in places:
+            what = f"id {fact.id!r} again" if "id" in record else "the same fact"
+            raise InputError(f"{path}: {where}: {what}, as in {places[fact.id]}; expected each once")
+        places[fact.id] = where
+        facts.append(fact)
     if not facts and not invalid:
         raise InputError(f"{path}: no facts in it")
-    seen: dict[str, int] = {}
-    for fact in facts:
-        seen[fact.id] = seen.get(fact.id, 0) + 1
-    twice = [name for name, count in seen.items() if count > 1]
-    if twice:
-        raise InputError(f"{path}: id {twice[0]!r} stands on {seen[twice[0]]} facts, expected each id once")
     return facts, invalid
 
 
 def _records(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         return read_csv(path)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         return _read_json(path)
     return read_jsonl(path)
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno}: broken JSON ({error.msg})") from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise InputError(f"{path}: expected a JSON list of records")
+        hint = "; one record a line is .jsonl" if error.msg == "Extra data" else ""
+        raise InputError(f"{path}: line {error.lineno}: broken JSON ({error.msg}{hint})") from None
+    if not isinstance(records, list):
+        raise InputError(f"{path}: {type(records).__name__} found, expected a JSON list of records")
     for number, record in enumerate(records):
         where = f"record {number}"
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: {where}: {type(record).__name__} found, expected a JSON object")
         try:
             fields = next((convert(record) for fits, convert in _PUBLISHED if fits(record)), record)
         except (KeyError, TypeError, AttributeError) as error:

@@ -15,9 +15,10 @@ from ..delta import Factors
 from ..hparams import Hparams
 from ..keys import measure_hidden, measure_keys
 from ..model import Model
-from ..passes import read_at, verify
+from ..passes import read_at
 from ..prompts import PLAIN, Row, subject_rows
 from ..solve import memit_update, through_norm
+from ..suffix import verify
 from ..values import optimise_values
 from .registry import Job, Method, Outcome
 

@@ -1,0 +1,224 @@
+"""The blocks above the z-layer as one function of what is added at the subject: everything else is computed once.
+
+Under causal attention tokens before the subject never change, so above the z-layer only the tokens from the subject on
+("active") are run; keys and values of the earlier ones are kept from one pass, for each block. Rows of any lengths
+share a batch: what a block is called with (masks, positions, rotary angles) is recorded once from a single row and
+then gathered at each row's own positions.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from ..kernels.errors import InputError
+from .model import Model
+from .passes import blocks_until, frozen, hidden_of, hooks, run_until
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments behind the hidden states
+
+
+class PrefixCache:
+    """What a block sees as its cache: hands out the kept keys and values of earlier tokens before the new ones.
+
+    Only `update` is used by the attention of the families of transformers 5. kept: layer -> (keys, values), each
+    [rows, heads, prefix, head width]; while `recording`, what comes is kept.
+    """
+
+    def __init__(self, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.kept = kept
+        self.recording = False
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.recording:
+            self.kept[layer] = (keys, values)
+        elif layer in self.kept:
+            earlier_keys, earlier_values = self.kept[layer]
+            return torch.cat([earlier_keys, keys], 2), torch.cat([earlier_values, values], 2)
+        return keys, values
+
+    def only(self, rows: Tensor) -> "PrefixCache":
+        return PrefixCache({layer: (keys[rows], values[rows]) for layer, (keys, values) in self.kept.items()})
+
+
+def record_calls(model: Model, layer: int, length: int) -> dict[int, Call]:
+    """What the model calls each block above `layer` with, for one row of `length` tokens, masks in full."""
+    calls: dict[int, Call] = {}
+
+    def record(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[number] = (args[1:], dict(kwargs)) if args else ((), _without_hidden(kwargs))
+
+        return hook
+
+    above = range(layer + 1, model.anatomy.n_layers)
+    handles = [model.block(i).register_forward_pre_hook(record(i), with_kwargs=True) for i in above]
+    norm = model.hf.get_submodule(model.anatomy.norm)
+    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+    with torch.no_grad(), frozen(model), _full_masks(model), hooks(*handles):
+        run_until(model, ids, norm, past_key_values=DynamicCache(), use_cache=True)
+    return calls
+
+
+def _without_hidden(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+
+@contextlib.contextmanager
+def _full_masks(model: Model) -> Iterator[None]:
+    """Eager attention gets its mask as a tensor; sdpa may get none where it is plainly causal."""
+    config: Any = model.hf.config
+    asked = config._attn_implementation
+    if asked not in ("eager", "sdpa"):
+        raise InputError(f"attention {asked!r} takes no mask of ours; load the model with attn_implementation='sdpa'")
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = asked
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """The blocks above a layer and the final norm, for a batch of rows.
+
+    active: [rows, A, d_model] hidden states from each row's start on; later than a row's end: never read
+    start: [rows] position of the first active token (the subject's last)
+    calls: block -> what it is called with, gathered for these rows
+    """
+
+    model: Model
+    active: Tensor
+    start: Tensor
+    calls: dict[int, Call]
+    cache: PrefixCache
+
+    @classmethod
+    def of(cls, model: Model, calls: dict[int, Call], hidden: Tensor, start: Tensor, width: int) -> "Suffix":
+        """hidden: [rows, T, d_model], what the layer gives; width: active tokens, A; calls: recorded for T tokens."""
+        length = hidden.shape[1]
+        prefix = int(start.max())
+        cache = PrefixCache({})
+        rows = torch.arange(len(hidden), device=hidden.device)
+        if prefix:
+            cache.recording = True
+            early = hidden[:, :prefix]
+            with torch.no_grad():
+                for layer, call in calls.items():
+                    args, kwargs = _gather(call, torch.zeros_like(start), prefix, 0, length, cache)
+                    early = hidden_of(model.block(layer)(early, *args, **kwargs))
+            cache.recording = False
+        gathered = {layer: _gather(call, start, width, prefix, length, cache) for layer, call in calls.items()}
+        at = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(length - 1)
+        return cls(model, hidden[rows[:, None], at], start, gathered, cache)
+
+    def only(self, kept: Tensor) -> "Suffix":
+        """Some of the rows; kept: [rows] bool."""
+        cache = self.cache.only(kept)
+        calls = {layer: _map(call, lambda value: _row_of(value, kept, cache)) for layer, call in self.calls.items()}
+        return replace(self, active=self.active[kept], start=self.start[kept], calls=calls, cache=cache)
+
+    def __call__(self, added: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
+        """[m, d_model] behind the final norm at m places (row, position in the row), with `added` at each row's start.
+
+        added: [rows, d_model]; differentiable in it.
+        """
+        first = self.active[:, :1] + added[:, None].to(self.active.dtype)
+        hidden = torch.cat([first, self.active[:, 1:]], 1)
+        for layer, (args, kwargs) in self.calls.items():
+            hidden = hidden_of(self.model.block(layer)(hidden, *args, **kwargs))
+        rows, positions = read
+        norm = self.model.hf.get_submodule(self.model.anatomy.norm)
+        found: Tensor = norm(hidden[rows, positions - self.start[rows]])
+        return found
+
+
+def _gather(call: Call, start: Tensor, width: int, prefix: int, length: int, cache: PrefixCache) -> Call:
+    """A recorded call at positions start .. start + width - 1 of each row, keys at 0 .. prefix - 1 and there."""
+    asked = start[:, None] + torch.arange(width, device=start.device)  # [rows, A]
+    query = asked.clamp_max(length - 1)
+    early = torch.arange(prefix, device=start.device).expand(len(start), prefix)
+    key = torch.cat([early, query], 1)
+    unseen = torch.cat([early >= start[:, None], asked >= length], 1)  # not this row's
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Cache):
+            return cache
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape == (1, 1, length, length):
+            mask = value[0, 0].to(start.device)[query[:, :, None], key[:, None, :]]
+            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            return mask.masked_fill(unseen[:, None, :], hidden)[:, None]
+        if value.shape[:2] == (1, length):
+            return value[0][query.to(value.device)]
+        raise InputError(f"blocks take a tensor of shape {tuple(value.shape)}: this family cannot be edited yet")
+
+    return _map(call, take)
+
+
+def _row_of(value: Any, kept: Tensor, cache: PrefixCache) -> Any:
+    if isinstance(value, PrefixCache):
+        return cache
+    return value[kept.to(value.device)] if isinstance(value, Tensor) else value
+
+
+def _map(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`change` on everything inside tuples, lists and dictionaries."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(part, change) for part in value)
+    if isinstance(value, dict):
+        return {key: _map(part, change) for key, part in value.items()}
+    return change(value)
+
+
+@torch.no_grad()
+def verify(model: Model, layer: int) -> None:
+    """Runs two short rows to see that the anatomy is right. Raises `InputError` where the family does something else.
+
+    Checked: no token sees a later one; blocks replayed above `layer` give the model's own logits; what is added to the
+    output of the projection, or of the norm behind it, arrives unscaled at the block's output.
+    """
+    kind = model.anatomy.model_type
+    try:
+        with frozen(model):
+            _verify(model, layer, kind)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
+        if model.anatomy.source == "family":
+            raise
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise InputError(f"{kind}: its blocks cannot be run alone ({reason}): it cannot be edited yet") from error
+
+
+def _verify(model: Model, layer: int, kind: str) -> None:
+    rows, length = 2, 8
+    ids = torch.arange(1, rows * length + 1, device=model.device).view(rows, length) % model.anatomy.vocab
+    own = model.hf(input_ids=ids, use_cache=False).logits.float()
+    before = blocks_until(model, ids, layer)
+    tolerance = (1e-3 if own.dtype == before.dtype else 5e-2) * float(own.abs().max())
+    shorter = model.hf(input_ids=ids[:, :-1], use_cache=False).logits.float()
+    if not torch.allclose(shorter, own[:, :-1], atol=tolerance, rtol=0):
+        raise InputError(f"{kind}: its tokens see later ones; expected a causal (decoder-only) LM")
+    seen = [(row, at) for row, first in enumerate((2, 5)) for at in range(first, length)]
+    read = (torch.tensor([row for row, _ in seen]), torch.tensor([at for _, at in seen]))
+    start = torch.tensor([2, 5], device=before.device)  # the rows' first active tokens; earlier ones are not read
+    suffix = Suffix.of(model, record_calls(model, layer, length), before, start, length - 2)
+    replayed = model.logits(suffix(torch.zeros_like(before[:, 0]), read))
+    if not torch.allclose(replayed, own[read], atol=tolerance, rtol=0):
+        raise InputError(f"{kind}: its logits are not head(norm(blocks)): this family cannot be edited yet")
+    push = torch.ones_like(before[:, -1]) * before.float().std().to(before.dtype)
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :-1], output[:, -1:] + push[:, None]], 1)
+
+    giver = model.post_norm(layer) or model.projection(layer)
+    with hooks(giver.register_forward_hook(add)):
+        moved = blocks_until(model, ids, layer)[:, -1] - before[:, -1]
+    if not torch.allclose(moved.float(), push.float(), rtol=5e-2, atol=5e-2 * float(push.abs().max())):
+        raise InputError(f"{kind}: a block rescales the MLP's output before adding it: it cannot be edited yet")
