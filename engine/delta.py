@@ -109,8 +109,8 @@ class EditedWeights:
         """Weight name -> relative Frobenius norm of what the weight's dtype lost of all updates together."""
         lost = {}
         for name, total in self.sums.items():
-            asked = total - self.originals[name].float()
-            lost[name] = float((self._parameter(name).detach().float() - total).norm() / asked.norm())
+            asked = (total - self.originals[name].float()).norm().clamp_min(torch.finfo(torch.float32).tiny)
+            lost[name] = float((self._parameter(name).detach().float() - total).norm() / asked)
         return lost
 
     def _restore(self, name: str, total: Tensor | None) -> None:
@@ -167,8 +167,11 @@ class Delta:
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -185,13 +188,16 @@ class Delta:
             raise InputError(f"{file}: cannot be read as a delta ({error}); was it cut off?") from None
         if metadata.get("format") != FORMAT:
             raise InputError(f"{file}: format {metadata.get('format')!r} found, expected {FORMAT!r}")
-        edits = json.loads(metadata["edits"])
-        updates: list[Update] = [{} for _ in edits]
-        for key in sorted(tensors):
-            number, name, part = key.split("/")
-            if part == "left":
-                updates[int(number)][name] = Factors(tensors[key], tensors.get(f"{number}/{name}/right"))
-        return cls(metadata["model"], metadata["fingerprint"], edits, updates)
+        try:
+            edits = json.loads(metadata["edits"])
+            updates: list[Update] = [{} for _ in edits]
+            for key in sorted(tensors):
+                number, name, part = key.split("/")
+                if part == "left":
+                    updates[int(number)][name] = Factors(tensors[key], tensors.get(f"{number}/{name}/right"))
+            return cls(metadata["model"], metadata["fingerprint"], edits, updates)
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise InputError(f"{file}: says that it is a delta, but does not hold one ({error!r})") from None
 
     def apply(self, model: Model) -> EditedWeights:
         """Changes the model's weights; all of them or, with an `InputError`, none.
@@ -207,17 +213,22 @@ class Delta:
             for name, factors in update.items():
                 try:
                     module = model.hf.get_submodule(name.removesuffix(".weight"))
+                    weight = module.weight
                 except AttributeError:
                     raise InputError(f"the delta changes {name}, which {model.name} does not have") from None
                 width = factors.left.shape[1] if factors.right is None else factors.right.shape[1]
-                weight = module.weight
                 assert isinstance(weight, Tensor)
                 found, asked = tuple(weight.shape), (factors.left.shape[0], width)
                 if found != (asked[::-1] if isinstance(module, Conv1D) else asked):
                     raise InputError(f"the delta changes {name} as {asked} (out, in); the model's weight is {found}")
         weights = EditedWeights(model)
-        for update in self.updates:
-            with weights.provisional() as put:
-                for name, factors in update.items():
-                    put(name, factors)
+        try:
+            for update in self.updates:
+                with weights.provisional() as put:
+                    for name, factors in update.items():
+                        put(name, factors)
+        except BaseException:
+            while weights.updates:
+                weights.undo_last()
+            raise
         return weights

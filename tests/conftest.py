@@ -29,7 +29,7 @@ def shared() -> Path:
 _loaded: dict[str, rewire.Model] = {}
 
 
-@pytest.fixture()
+@pytest.fixture
 def load() -> Callable[[str | Path], rewire.Model]:
     """A model that the test may change: loaded once a session, copied for each use."""
 
@@ -41,7 +41,7 @@ def load() -> Callable[[str | Path], rewire.Model]:
     return load
 
 
-@pytest.fixture()
+@pytest.fixture
 def demo(load: Callable[[str], rewire.Model]) -> rewire.Model:
     return load("demo")
 
@@ -52,14 +52,15 @@ def known(request: pytest.FixtureRequest, shared: Path, load: Callable[[Path], r
     return load(shared / "models" / request.param)
 
 
-@pytest.fixture()
+@pytest.fixture
 def golden(known: rewire.Model, shared: Path) -> dict[str, Any]:
-    """What the published implementations produced on `known`: golden.json with `tensors`, `facts` and `stats`."""
+    """What the published implementations produced on `known`: golden.json, its tensors, facts and statistics."""
     from safetensors.torch import load_file
 
     folder = shared / "goldens" / Path(known.name).name
     content: dict[str, Any] = json.loads((folder / "golden.json").read_text())
     content["tensors"] = load_file(folder / "golden.safetensors")
+    content["token_count"] = content["stats"]["tokens"]
     content["stats"] = folder / "stats"
     content["facts"] = [
         rewire.Fact(r["subject"], r["prompt"], r["target_new"], r["ground_truth"], id=str(r["case_id"]))

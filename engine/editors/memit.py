@@ -89,7 +89,7 @@ def spread(
                 "residual": info.residual,
                 "condition": info.condition,
                 "solved_in": info.dtype,
-                "relative_change": float(factors.dense().norm() / weight.float().norm()),
+                "relative_change": float(factors.dense().norm() / weight.detach().float().norm()),
                 "lost_to_rounding": lost,
             }
         )
