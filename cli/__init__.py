@@ -7,7 +7,13 @@ import sys
 # before transformers is imported: its own bars and warnings are not ours
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+INTERRUPTED = "interrupted; nothing was written, statistics that were collected are kept: run the command again"
+
+CTRL_C = 130  # what typer makes of a KeyboardInterrupt; older ones raise Abort
 
 
 def main() -> None:
@@ -15,20 +21,35 @@ def main() -> None:
     from ..kernels.errors import InputError
     from .app import app
 
-    logging.basicConfig(format="rewire: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    _say_warnings()
     try:
         status = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written, statistics that were collected are kept: run the command again", 3)
-    except Exception as error:  # typer carries its own copy of click, so usage errors are known by what they can do
+        _fail(INTERRUPTED, 3)
+    except Exception as error:  # typer carries its own copy of click, so usage errors are known by their names
         if type(error).__name__ == "Abort":
-            _fail("interrupted; nothing was written, statistics that were collected are kept: run the command again", 3)
+            _fail(INTERRUPTED, 3)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            sys.exit(2)
         if not hasattr(error, "format_message"):
             raise
-        _fail(f"{error.format_message()} (see rewire --help)", 2)
+        context = getattr(error, "ctx", None)
+        _fail(f"{error.format_message()} (see {context.command_path if context else 'rewire'} --help)", 2)
+    if status == CTRL_C:
+        _fail(INTERRUPTED, 3)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _say_warnings() -> None:
+    """Ours go to stderr, a line each; other libraries' are theirs to print."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("rewire: %(message)s"))
+    log = logging.getLogger("rewire")
+    log.handlers = [handler]
+    log.propagate = False
 
 
 def _fail(message: str, status: int) -> None:

@@ -1,6 +1,7 @@
 """What the verbs share: options, the loaded model, progress bars, tables."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -50,9 +52,15 @@ def load(name: str, dtype: str, device: str) -> Model:
 
 
 def new_folder(path: Path) -> Path:
-    """A folder to write into that holds nothing yet. Raises `InputError` for one that does."""
+    """A folder to write into that holds nothing yet. Raises `InputError` for one that does, or cannot be made."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"--out {path}: something is there already; name a new folder")
+    path = path.absolute()
+    above = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"--out {path}: {above} is a file; name a new folder")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"--out {path}: nothing can be written to {above}; name a new folder elsewhere")
     return path
 
 
@@ -87,13 +95,20 @@ def percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.1f} %"
 
 
-def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Success rates, one column a state of the model."""
-    table = Table("", *columns, title="success rates", title_justify="left")
+def print_metrics(columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Success rates, one column a state of the model; where one is missing, what it would need is said below."""
+    table = Table("", *map(escape, columns), title="success rates", title_justify="left")
     for key, label in METRICS:
         table.add_row(label, *(percent(metrics[key]) for metrics in columns.values()))
-    return table
+    Console().print(table)
+    if any(metrics[key] is None for metrics in columns.values() for key, _ in METRICS):
+        print("-: no fact has what it needs (target_true; paraphrases; neighbors)")
+
+
+def count(number: int, what: str) -> str:
+    """1 fact, 2 facts."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items())
+    return ", ".join(f"{phase.replace('_', ' ')} {value:.1f} s" for phase, value in seconds.items())

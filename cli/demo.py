@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import common
@@ -56,17 +57,17 @@ def demo(
         for j, kind in enumerate(("", "paraphrase", "neighbour")):
             at = 3 * i + j
             table.add_row(
-                questions[at],
-                fact.target_new if j == 0 else f"[dim]{kind}[/dim]",
-                _first_words(before[at]),
-                _first_words(after[at]),
+                escape(questions[at]),
+                escape(fact.target_new) if j == 0 else f"[dim]{kind}[/dim]",
+                escape(_first_words(before[at])),
+                escape(_first_words(after[at])),
                 end_section=j == 2,
             )
     console.print(table)
-    console.print(common.metrics_table({"before": report["before"], "after": report["after"]}))
-    console.print(f"{len(facts)} facts with MEMIT in {time.perf_counter() - start:.1f} s: "
-                  f"{common.seconds_line(report['seconds'])}", markup=False)  # fmt: skip
-    console.print("your own model:  rewire edit MODEL facts.jsonl --out DIR", markup=False)
+    common.print_metrics({"before": report["before"], "after": report["after"]})
+    seconds = time.perf_counter() - start
+    print(f"{common.count(len(facts), 'fact')} with MEMIT in {seconds:.1f} s: {common.seconds_line(report['seconds'])}")
+    print("your own model:  rewire edit MODEL facts.jsonl --out DIR")
 
 
 def _first_words(text: str) -> str:

@@ -1,10 +1,10 @@
 """`rewire edit`: facts in, weights out, proof that it worked."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from . import common
 
@@ -40,14 +40,24 @@ def edit(
     """
     from ..engine.datasets import read_facts, scan_facts
     from ..engine.editors.registry import find_method
-    from ..engine.hparams import parse_overrides
+    from ..engine.hparams import check_names, parse_overrides
     from ..engine.prompts import read_contexts
     from ..engine.session import EditSession
+    from ..kernels.errors import InputError
+    from ..stats import read_corpus
 
-    find_method(method)
+    # what can be known to be wrong is said before the model is loaded
+    kind = find_method(method).hparams
     common.new_folder(out)
     overrides = parse_overrides(settings or [])
+    check_names(kind, overrides)
+    if stats is not None and not stats.is_dir():
+        raise InputError(f"--stats {stats}: no such folder; expected one that holds second moments (.npz)")
+    if corpus is not None:
+        read_corpus(corpus)
     wanted, skipped = scan_facts(facts, limit) if skip_invalid else (read_facts(facts, limit), [])
+    if not wanted:
+        raise InputError(f"{facts}: none of its facts can be edited; {skipped[0].where}: {skipped[0].reason}")
     templates = None if contexts is None else read_contexts(contexts)
     loaded = common.load(model, dtype, device)
     with common.bars() as listener:
@@ -78,13 +88,11 @@ def edit(
             }
         )
         return
-    console = Console()
     for record in skipped:
-        console.print(f"skipped {record.where}: {record.reason}", markup=False)
-    console.print(f"{len(wanted)} facts edited into {model} with {report['method']}, {report['preset']}", markup=False)
+        print(f"skipped {record.where}: {record.reason}")
+    print(f"{common.count(len(wanted), 'fact')} edited into {model} with {report['method']}, {report['preset']}")
     if evaluate:
-        console.print(common.metrics_table({"before": report["before"], "after": report["after"]}))
-    console.print(common.seconds_line(report["seconds"]), markup=False)
-    console.print(
-        f"written to {out}: the model with it is made by  rewire merge {out} --to {model} --out NEW", markup=False
-    )
+        common.print_metrics({"before": report["before"], "after": report["after"]})
+    print(common.seconds_line(report["seconds"]))
+    print(f"written to {out}; the model with the edit in it is made by")
+    print(f"  {shlex.join(['rewire', 'merge', str(out), '--to', model, '--out'])} NEW")

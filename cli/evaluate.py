@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from . import common
 
@@ -28,8 +27,9 @@ def evaluate(
     """
     from ..engine.datasets import read_facts
     from ..engine.delta import Delta
-    from ..engine.evaluation import evaluate
+    from ..engine.evaluation import evaluate, find_protocol
 
+    find_protocol(protocol)  # what can be known to be wrong is said before the model is loaded
     facts = read_facts(data, limit)
     change = None if delta is None else Delta.load(delta)
     loaded = common.load(model, dtype, device)
@@ -40,6 +40,5 @@ def evaluate(
     if json:
         common.print_json({"protocol": protocol, "metrics": report["metrics"], "facts": len(facts)})
         return
-    console = Console()
-    console.print(common.metrics_table({f"{model}{' + ' + str(delta) if delta else ''}": report["metrics"]}))
-    console.print(f"{len(facts)} facts, protocol {protocol}")
+    common.print_metrics({f"{model}{' + ' + str(delta) if delta else ''}": report["metrics"]})
+    print(f"{common.count(len(facts), 'fact')}, protocol {protocol}")

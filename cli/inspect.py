@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import common
@@ -38,7 +39,7 @@ def inspect(
     if json:
         common.print_json(found)
         return
-    table = Table(show_header=False, title=model, title_justify="left")
+    table = Table(show_header=False, title=escape(model), title_justify="left")
     for key, value in found.items():
-        table.add_row(key.replace("_", " "), str(value))
+        table.add_row(key.replace("_", " "), escape(str(value)))
     Console().print(table)

@@ -24,22 +24,25 @@ def merge(
     """
     from ..engine.delta import Delta
 
-    common.new_folder(out)
+    whole = common.new_folder(out)
     delta = Delta.load(folder)
     loaded = common.load(to, dtype, device)
     weights = delta.apply(loaded)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    loaded.hf.save_pretrained(temporary)  # type: ignore[operator]
-    loaded.tokenizer.save_pretrained(temporary)
-    if out.exists():
-        out.rmdir()  # `new_folder` saw that it is empty
-    os.replace(temporary, out)
+    temporary = whole.with_name(whole.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        loaded.hf.save_pretrained(temporary)  # type: ignore[operator]
+        loaded.tokenizer.save_pretrained(temporary)
+        if whole.exists():
+            whole.rmdir()  # `new_folder` saw that it is empty
+        os.replace(temporary, whole)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     lost = weights.lost_to_rounding()
     if json:
         common.print_json({"out": str(out), "edits": len(delta.edits), "lost_to_rounding": lost})
         return
-    print(f"{len(delta.edits)} edits merged into {to}, written to {out}")
+    print(f"{common.count(len(delta.edits), 'edit')} merged into {to}, written to {out}")
     worst = max(lost.values())
     if worst > 0.01:
         print(f"rounding lost up to {100 * worst:.1f} % of a weight's update; try --dtype float32")

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import common
@@ -28,5 +29,5 @@ def presets(
     table = Table("method", "preset", "layers", "source")
     for name, files in found.items():
         for preset, content in files.items():
-            table.add_row(name, preset, str(content.get("layers")), str(content.get("source", "")))
+            table.add_row(name, preset, str(content.get("layers")), escape(str(content.get("source", ""))))
     Console().print(table)

@@ -131,6 +131,13 @@ class EditedWeights:
         return self._module(name).weight  # type: ignore[return-value]
 
 
+def readable(path: Path) -> None:
+    """The mode of an ordinary new file: safetensors leaves its files to their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def oriented(module: nn.Module, change: Tensor) -> Tensor:
     """A [d_out, d_in] change in the layout of the module's weight: `Conv1D` stores [d_in, d_out]."""
     return change.T if isinstance(module, Conv1D) else change
@@ -169,6 +176,7 @@ class Delta:
         temporary = path.with_name(path.name + ".tmp")
         try:
             save_file(tensors, temporary, metadata)
+            readable(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ Rewire does not use are accepted, said once, and ignored; an unknown key is an e
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -131,11 +131,8 @@ def load_hparams(
         if "source" in values:
             source += f" ({values['source']})"
     overrides = overrides or {}
-    for key in overrides:
-        _known(key, kind, SET)
-    for key in values:
-        if key not in UNUSED | ABOUT:
-            _known(key, kind, str(path))
+    check_names(kind, overrides)
+    check_names(kind, set(values) - ABOUT, str(path))
     values |= overrides
     if path is None:
         log.warning(
@@ -221,9 +218,10 @@ def _find(method: str, model_name: str, preset: str | Path | None) -> Path | Non
     return None
 
 
-def _known(key: str, kind: type[Hparams], where: str) -> None:
+def check_names(kind: type[Hparams], names: Iterable[str], where: str = SET) -> None:
+    """Raises `InputError` with the nearest name for a hyper-parameter that the method does not have."""
     known = set(kind.model_fields) | UNUSED
-    if key not in known:
-        near = difflib.get_close_matches(key, sorted(known), 1)
+    for name in sorted(set(names) - known):
+        near = difflib.get_close_matches(name, sorted(known), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(kind.model_fields))}"
-        raise InputError(f"{where}: unknown hyper-parameter {key!r}; {hint}")
+        raise InputError(f"{where}: unknown hyper-parameter {name!r}; {hint}")

@@ -16,7 +16,7 @@ from .model import Model
 from .prompts import CONTEXT_TOKENS, CONTEXT_TOP_K, SEED_WORDS, Row, clean_context, pad, prompt_ids
 
 MEMORY_SHARE = 0.4  # of the free memory that a batch may take
-CPU_TOKENS = 4096  # larger batches leave the caches and win nothing (docs/benchmarks.md)
+CPU_TOKENS = 1024  # larger batches leave the caches (docs/benchmarks.md)
 GPU_TOKENS = 65536
 
 

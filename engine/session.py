@@ -1,6 +1,7 @@
 """An `EditSession` holds all state of editing one model: the ordered edits and the weights they changed."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -26,6 +27,8 @@ from .model import Model, demo_file
 from .passes import continuations, forward_bytes, sample_contexts, stream_inputs, tokens_that_fit
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
+
+log = logging.getLogger("rewire")
 
 SAID_TOKENS = 6  # how much the report quotes of what the model says
 
@@ -94,7 +97,7 @@ class EditSession:
             raise InputError("no facts to edit")
         facts = tuple(facts)
         phases = Phases(self.listener)
-        before = self._look(facts, phases, "evaluate before") if evaluate else None
+        before = self._look(facts, phases, "evaluate_before") if evaluate else None
         with phases("contexts"):
             if self.contexts is None:
                 self.contexts = sample_contexts(self.model, self.seed)
@@ -112,7 +115,7 @@ class EditSession:
                 )
             )
         try:
-            after = self._look(facts, phases, "evaluate after") if evaluate else None
+            after = self._look(facts, phases, "evaluate_after") if evaluate else None
         except BaseException:
             self.weights.undo_last()
             raise
@@ -187,6 +190,8 @@ class EditSession:
             anatomy = self.model.anatomy
             name_of = {anatomy.layer_name(layer): layer for layer in missing}
             with phases("statistics") as tick:
+                if self._corpus is None and self._stats is None and self.model.name != "demo":
+                    log.warning("no corpus named: second moments come from the demo's small text (see --corpus)")
                 if self.weights.updates and self._stats is None:
                     raise InputError("statistics are those of the unedited model: it was edited before they were there")
                 found = moments_for(

@@ -17,7 +17,7 @@ def memit_update(K: Tensor, R: Tensor, C: Tensor, weight: float) -> tuple[Factor
     Raises `SolveError` where the system cannot be solved to a relative residual of 1e-6.
     """
     K = K.double()
-    system = C.to(K.device, torch.float64) * weight
+    system = C.to(K.device, torch.float64, copy=True).mul_(weight)
     system.addmm_(K.T, K)
     X, info = spd_solve(system, K.T)
     return Factors(R.T.float().contiguous(), X.T.float().contiguous()), info

@@ -108,18 +108,23 @@ class Suffix:
             cache.recording = True
             early = hidden[:, :prefix]
             with torch.no_grad():
-                for layer, call in calls.items():
-                    args, kwargs = _gather(call, torch.zeros_like(start), prefix, 0, length, cache)
+                for layer, (args, kwargs) in _gather(calls, torch.zeros_like(start), prefix, 0, length, cache).items():
                     early = hidden_of(model.block(layer)(early, *args, **kwargs))
             cache.recording = False
-        gathered = {layer: _gather(call, start, width, prefix, length, cache) for layer, call in calls.items()}
+        gathered = _gather(calls, start, width, prefix, length, cache)
         at = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(length - 1)
         return cls(model, hidden[rows[:, None], at], start, gathered, cache)
 
     def only(self, kept: Tensor) -> "Suffix":
         """Some of the rows; kept: [rows] bool."""
         cache = self.cache.only(kept)
-        calls = {layer: _map(call, lambda value: _row_of(value, kept, cache)) for layer, call in self.calls.items()}
+
+        def take(value: Any) -> Any:
+            if isinstance(value, PrefixCache):
+                return cache
+            return value[kept.to(value.device)] if isinstance(value, Tensor) else value
+
+        calls: dict[int, Call] = _map(self.calls, take, {})
         return replace(self, active=self.active[kept], start=self.start[kept], calls=calls, cache=cache)
 
     def __call__(self, added: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
@@ -137,8 +142,10 @@ class Suffix:
         return found
 
 
-def _gather(call: Call, start: Tensor, width: int, prefix: int, length: int, cache: PrefixCache) -> Call:
-    """A recorded call at positions start .. start + width - 1 of each row, keys at 0 .. prefix - 1 and there."""
+def _gather(
+    calls: dict[int, Call], start: Tensor, width: int, prefix: int, length: int, cache: PrefixCache
+) -> dict[int, Call]:
+    """Recorded calls at positions start .. start + width - 1 of each row, keys at 0 .. prefix - 1 and there."""
     asked = start[:, None] + torch.arange(width, device=start.device)  # [rows, A]
     query = asked.clamp_max(length - 1)
     early = torch.arange(prefix, device=start.device).expand(len(start), prefix)
@@ -158,22 +165,19 @@ def _gather(call: Call, start: Tensor, width: int, prefix: int, length: int, cac
             return value[0][query.to(value.device)]
         raise InputError(f"blocks take a tensor of shape {tuple(value.shape)}: this family cannot be edited yet")
 
-    return _map(call, take)
+    found: dict[int, Call] = _map(calls, take, {})
+    return found
 
 
-def _row_of(value: Any, kept: Tensor, cache: PrefixCache) -> Any:
-    if isinstance(value, PrefixCache):
-        return cache
-    return value[kept.to(value.device)] if isinstance(value, Tensor) else value
-
-
-def _map(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`change` on everything inside tuples, lists and dictionaries."""
+def _map(value: Any, change: Callable[[Any], Any], done: dict[int, Any]) -> Any:
+    """`change` on everything inside tuples, lists and dictionaries; once for what all blocks share (`done`, by id)."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(part, change) for part in value)
+        return type(value)(_map(part, change, done) for part in value)
     if isinstance(value, dict):
-        return {key: _map(part, change) for key, part in value.items()}
-    return change(value)
+        return {key: _map(part, change, done) for key, part in value.items()}
+    if id(value) not in done:
+        done[id(value)] = change(value)
+    return done[id(value)]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""FLOPs of the engine's phases: pure arithmetic on shapes, counted in this one place (a multiply-add is two)."""
+"""FLOPs of the phases: pure arithmetic on shapes, counted in this one place (a multiply-add is two)."""
 
 from dataclasses import dataclass
 
@@ -40,14 +40,3 @@ def published_value_step(shape: ModelShape, z_layer: int, rows: int, kl_rows: in
     linear = above * rows * tokens * 2 * shape.block_weights
     attention = above * rows * tokens * 4 * tokens * shape.attention_width
     return forward + heads + linear + attention * 5 // 2
-
-
-def batched_value_step(shape: ModelShape, z_layer: int, rows: int, tokens: int, positions: int, update: bool) -> int:
-    """The same step in the engine: blocks above the z-layer only, the head at `positions` label places only."""
-    above = shape.layers - z_layer - 1
-    forward = shape.blocks(above, rows, tokens) + shape.head(positions)
-    if not update:
-        return forward
-    linear = above * rows * tokens * 2 * shape.block_weights
-    attention = above * rows * tokens * 4 * tokens * shape.attention_width
-    return forward + linear + attention * 5 // 2 + shape.head(positions)

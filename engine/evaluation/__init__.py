@@ -25,8 +25,13 @@ def evaluate(
     batch_tokens: padded tokens of a forward; None: from the free memory
     Raises `InputError` for an unknown protocol.
     """
-    if protocol not in PROTOCOLS:
-        near = difflib.get_close_matches(protocol, PROTOCOLS, 1)
+    return find_protocol(protocol)(model, facts, batch_tokens, progress)
+
+
+def find_protocol(name: str) -> Callable[..., dict[str, Any]]:
+    """Raises `InputError` with the nearest name for an unknown one."""
+    if name not in PROTOCOLS:
+        near = difflib.get_close_matches(name.lower(), PROTOCOLS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PROTOCOLS)}"
-        raise InputError(f"unknown protocol {protocol!r}; {hint}")
-    return PROTOCOLS[protocol](model, facts, batch_tokens, progress)
+        raise InputError(f"unknown protocol {name!r}; {hint}")
+    return PROTOCOLS[name]
