@@ -32,7 +32,7 @@ lint: install
 # the interpreter decides at import time, so gate A has a process of its own
 test: lint
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -m interpreter
-	$(BIN)/pytest -q -m "not interpreter and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "not interpreter and not gpu"
 
 # every autotune configuration of every kernel, compiled for every chip
 gates: install

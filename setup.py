@@ -29,7 +29,7 @@ LINUX = 'sys_platform == "linux"'
 setup(
     name="rewire",
     version=VERSION,
-    description="Edit facts in large language models, fast: MEMIT on batched values, streamed statistics and Cholesky solves",
+    description="Edit facts in large language models, fast",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -52,7 +52,16 @@ setup(
     extras_require={
         "corpora": ["datasets>=3"],
         "placement": ["accelerate>=1.0"],
-        "dev": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-psutil"],
+        "dev": [
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "types-PyYAML",
+            "types-psutil",
+        ],
     },
     entry_points={"console_scripts": ["rewire = rewire.cli:main"]},
 )

@@ -71,7 +71,7 @@ def serial_value(model: Model, fact: Fact, contexts: Sequence[str], hparams: Hpa
         for step in range(hparams.v_num_grad_steps):
             adam.zero_grad()
             logits = model.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            logp = model.head(norm(kept["last"][: len(texts)])).log_softmax(-1)
+            logp = model.logits(norm(kept["last"][: len(texts)])).log_softmax(-1)
             chosen = logp.gather(2, labels.clamp_min(0)[:, :, None])[:, :, 0]
             nll = (-(chosen * (labels != -100)).sum(1) / len(target)).mean()
             now = logits[-1, at[-1]].log_softmax(-1)

@@ -146,7 +146,8 @@ def load_hparams(
 
     unused = sorted(set(values) & UNUSED)
     if unused:
-        log.info("not used by Rewire, ignored: %s", ", ".join(unused))
+        level = logging.INFO if path in preset_files(method).values() else logging.WARNING  # of a shipped one, not news
+        log.log(level, "not used by Rewire, ignored: %s", ", ".join(unused))
     try:
         hparams = kind(**{key: value for key, value in values.items() if key not in UNUSED | ABOUT})
     except ValidationError as error:

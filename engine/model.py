@@ -1,12 +1,12 @@
 """A causal LM with its tokenizer, its anatomy and a fingerprint of its weights."""
 
 import hashlib
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..kernels.errors import InputError
@@ -23,7 +23,7 @@ class Model:
     tokenizer: a fast tokenizer (character offsets are needed)
     anatomy: where its parts are
     name: as given to `load`, or the config's `_name_or_path`
-    fingerprint: of the weights at the time of wrapping, 16 hex digits
+    fingerprint: of the weights as they are now, 16 hex digits
     """
 
     def __init__(self, hf: nn.Module, tokenizer: Any, name: str | None = None) -> None:
@@ -33,7 +33,10 @@ class Model:
         self.tokenizer = tokenizer
         self.anatomy: Anatomy = find_anatomy(hf)
         self.name: str = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
-        self.fingerprint: str = fingerprint(hf)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.hf)
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +101,7 @@ def load(name: str | Path, dtype: str = "auto", device: str = "auto", revision: 
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{source}: cannot be loaded as a causal LM: {reason}") from None
     hf.eval()
@@ -122,12 +125,16 @@ def pick_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "balanced":
         return device
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = device.partition(":")[0]
+    if kind not in there:
+        raise InputError(f"device {device!r} is unknown; expected auto, cpu, cuda, cuda:N, mps or balanced")
+    if not there[kind]:
+        raise InputError(f"device {device!r} was asked for, but torch sees none here; use --device cpu")
     try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise InputError(f"device {device!r} is unknown; expected auto, cpu, cuda, cuda:N, mps or balanced") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA GPU here; use --device cpu")
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from .model import Model
 from .prompts import CONTEXT_TOKENS, CONTEXT_TOP_K, SEED_WORDS, Row, clean_context, pad, prompt_ids
@@ -245,27 +246,40 @@ def score(
     return mean, exact
 
 
+@contextlib.contextmanager
+def _generating(model: Model, config: GenerationConfig) -> Iterator[None]:
+    """The model's own configuration fills what a call leaves open (a repetition penalty, say): put aside."""
+    own = model.hf.generation_config
+    model.hf.generation_config = config
+    try:
+        yield
+    finally:
+        model.hf.generation_config = own
+
+
 @torch.no_grad()
 def continuations(model: Model, prompts: Sequence[str], tokens: int, batch_tokens: int | None = None) -> list[str]:
-    """What the model says behind each prompt, greedily, `tokens` tokens at most."""
+    """What the model says behind each prompt, greedily, `tokens` tokens at most (fewer at the model's longest row)."""
     tokenizer = model.tokenizer
     coded = prompt_ids(tokenizer, prompts)
     budget = batch_tokens or tokens_that_fit(model, forward_bytes(model) * 2)
     result = [""] * len(prompts)
-    with frozen(model):
+    greedy = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id or 0
+    )
+    with frozen(model), _generating(model, greedy):
         for batch in batches([len(ids) + tokens for ids in coded], budget):
             longest = max(len(coded[i]) for i in batch)
+            room = min(tokens, model.max_length - longest)
+            if room < 1:
+                continue
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for line, i in enumerate(batch):  # generation appends at the right, so it wants padding on the left
                 ids[line, longest - len(coded[i]) :] = torch.tensor(coded[i])
                 mask[line, longest - len(coded[i]) :] = 1
             made = model.hf.generate(  # type: ignore[operator]
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=room
             )
             for line, i in enumerate(batch):
                 result[i] = tokenizer.decode(made[line, longest:], skip_special_tokens=True)

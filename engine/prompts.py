@@ -127,10 +127,11 @@ def _group(rows: list[Row], size: int) -> list[list[Row]]:
 
 
 def _check_lengths(facts: Sequence[Fact], rows: list[list[Row]], max_length: int) -> None:
-    long = [fact.id for fact, group in zip(facts, rows, strict=True) if max(len(r.ids) for r in group) > max_length]
+    pairs = zip(facts, rows, strict=True)
+    long = [f"{fact.id} ({fact.subject})" for fact, group in pairs if max(len(row.ids) for row in group) > max_length]
     if long:
         raise InputError(
-            f"{len(long)} facts are longer than the model's {max_length} tokens under a context template: "
+            f"longer than the model's {max_length} tokens under a context template, {len(long)} of {len(facts)} facts: "
             f"{', '.join(long)}"
         )
 

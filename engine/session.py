@@ -80,6 +80,7 @@ class EditSession:
         self.seed = seed
         self.batch_size = batch_size
         self.listener = listener
+        self.fingerprint = model.fingerprint  # of what this session starts from
         self.edits: list[Edit] = []
         self.weights = EditedWeights(model)
         self._stats = stats
@@ -154,7 +155,7 @@ class EditSession:
         """All edits of the session as factors."""
         about = ("id", "method", "preset", "hparams", "contexts", "seed", "facts_digest", "fact_count", "versions")
         edits = [{key: edit.report[key] for key in about} for edit in self.edits]
-        return Delta(self.model.name, self.model.fingerprint, edits, self.weights.updates)
+        return Delta(self.model.name, self.fingerprint, edits, self.weights.updates)
 
     def save(self, folder: str | Path) -> Path:
         """Writes `delta.safetensors`, `report.json` and `ledger.jsonl` (a line an edit) into `folder`."""
@@ -197,7 +198,7 @@ class EditSession:
                 found = moments_for(
                     dict.fromkeys(name_of, anatomy.d_in),
                     model=self.model.name,
-                    fingerprint=self.model.fingerprint,
+                    fingerprint=self.fingerprint,
                     dtype=str(next(self.model.hf.parameters()).dtype).removeprefix("torch."),
                     run=lambda rows, sink: stream_inputs(self.model, rows, missing, sink),
                     encode=self._encode,
@@ -225,7 +226,7 @@ class EditSession:
             "id": identity,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": model.name,
-            "fingerprint": model.fingerprint,
+            "fingerprint": self.fingerprint,
             "device": str(model.device),
             "dtype": str(next(model.hf.parameters()).dtype).removeprefix("torch."),
             "method": self.method.name,

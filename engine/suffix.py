@@ -193,7 +193,7 @@ def verify(model: Model, layer: int) -> None:
             _verify(model, layer, kind)
     except (InputError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError, LookupError, TypeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         if model.anatomy.source == "family":
             raise
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
@@ -204,6 +204,8 @@ def _verify(model: Model, layer: int, kind: str) -> None:
     rows, length = 2, 8
     ids = torch.arange(1, rows * length + 1, device=model.device).view(rows, length) % model.anatomy.vocab
     own = model.hf(input_ids=ids, use_cache=False).logits.float()
+    if not torch.isfinite(own).all():
+        raise InputError(f"{model.name}: its logits hold NaN or infinity: the model is broken")
     before = blocks_until(model, ids, layer)
     tolerance = (1e-3 if own.dtype == before.dtype else 5e-2) * float(own.abs().max())
     shorter = model.hf(input_ids=ids[:, :-1], use_cache=False).logits.float()

@@ -204,7 +204,7 @@ def _optimise(
         if not update or not going.any():
             break
         # |delta| has subgradient 0 at 0
-        gradient = gradient + (decay / norm.clamp_min(torch.finfo(norm.dtype).tiny))[:, None] * delta
+        gradient = gradient + decay[:, None] * (delta / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None])
         m = BETA1 * m + (1 - BETA1) * gradient
         v = BETA2 * v + (1 - BETA2) * gradient**2
         moved = delta - hparams.v_lr / (1 - BETA1 ** (step + 1)) * m / ((v / (1 - BETA2 ** (step + 1))).sqrt() + EPS)

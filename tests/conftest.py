@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import rewire
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """On small matrices threads wait for each other more than they work; two workers share the two cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Evaluation: the batched scores are those of plain transformers, one text at a time; the rates are what they say."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,6 @@ from rewire.engine.model import demo_file
 from rewire.kernels.errors import InputError
 
 RATES = ("success", "magnitude", "accuracy")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small forwards: on a busy machine threads spend most of their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()

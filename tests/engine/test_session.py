@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rewire.engine.delta import Delta, EditedWeights, Factors
 from rewire.engine.editors import memit
 from rewire.engine.facts import Fact, InvalidFact
 from rewire.engine.model import demo_file
+from rewire.engine.passes import continuations
 from rewire.kernels.errors import InputError
 from rewire.kernels.spd_solve import SolveError
 
@@ -29,15 +30,6 @@ CONTEXTS = ("The ferry waits. {}", "You see. {}")
 @pytest.fixture(scope="module")
 def facts() -> list[Fact]:
     return rewire.read_facts(demo_file("facts.jsonl"), limit=5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices: on a busy machine threads spend most of their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def session_on(model: rewire.Model, **options: Any) -> rewire.EditSession:
@@ -202,9 +194,49 @@ def test_a_broken_model_is_refused(demo: rewire.Model, facts: list[Fact]) -> Non
     with torch.no_grad():
         demo.projection(demo.anatomy.n_layers - 1).weight[0, 0] = torch.nan
     before = state(demo)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="NaN or infinity: the model is broken"):
         session_on(demo).edit(facts[:2], evaluate=False)
     assert changed(demo, before) == set()
+
+
+def test_a_second_session_starts_from_what_it_finds(
+    demo: rewire.Model, load: Callable[[str], rewire.Model], facts: list[Fact], tmp_path: Path
+) -> None:
+    """Its delta fits the edited model, not the one on disk; nor does a delta fit twice."""
+    first = session_on(demo)
+    first.edit(facts[:2], evaluate=False)
+    first.save(tmp_path / "first")
+    second = session_on(demo)
+    second.edit(facts[2:], evaluate=False)
+    second.save(tmp_path / "second")
+    fresh = load("demo")
+    with pytest.raises(InputError, match="has other weights"):
+        Delta.load(tmp_path / "second").apply(fresh)
+    Delta.load(tmp_path / "first").apply(fresh)
+    with pytest.raises(InputError, match="has other weights"):
+        Delta.load(tmp_path / "first").apply(fresh)
+    Delta.load(tmp_path / "second").apply(fresh)
+    assert changed(fresh, state(demo)) == set()
+
+
+def test_a_prompt_at_the_models_longest_row(demo: rewire.Model, facts: list[Fact]) -> None:
+    """What the model says is quoted as far as there is room for it."""
+    filler = " The harbour is near the gate." * 200
+    ids = demo.tokenizer(filler)["input_ids"][: demo.max_length - 12]
+    question = demo.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    for room in range(5):
+        text = question + " gate" * room
+        assert isinstance(continuations(demo, [text, "The harbour is"], 40)[0], str)
+    assert continuations(demo, [demo.tokenizer.decode([30] * demo.max_length)], 6) == [""]
+
+
+def test_what_is_said_is_greedy_whatever_the_model_prefers(demo: rewire.Model, facts: list[Fact]) -> None:
+    asked = [fact.question for fact in facts]
+    plain = continuations(demo, asked, 8)
+    demo.hf.generation_config.repetition_penalty = 50.0
+    own = demo.hf.generation_config
+    assert continuations(demo, asked, 8) == plain
+    assert demo.hf.generation_config is own
 
 
 def test_no_facts(demo: rewire.Model) -> None:
@@ -301,6 +333,7 @@ def test_the_files_describe_themselves(demo: rewire.Model, facts: list[Fact], tm
 
 def test_the_report(demo: rewire.Model, facts: list[Fact]) -> None:
     seen: list[tuple[str, int, int]] = []
+    base = demo.fingerprint
     session = session_on(demo, listener=lambda *progress: seen.append(progress))
     report = session.edit(facts, skipped=[InvalidFact("line 9", "no subject")]).report
     assert report["seconds"].keys() >= {
@@ -331,7 +364,7 @@ def test_the_report(demo: rewire.Model, facts: list[Fact]) -> None:
     assert report["skipped"] == [{"where": "line 9", "reason": "no subject"}]
     assert report["versions"].keys() >= {"rewire", "git", "python", "torch", "transformers", "triton", "numpy"}
     assert report["versions"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert (report["model"], report["fingerprint"], report["method"]) == ("demo", demo.fingerprint, "memit")
+    assert (report["model"], report["fingerprint"], report["method"]) == ("demo", base, "memit")
     assert (report["dtype"], report["device"], report["fact_count"]) == ("float32", "cpu", len(facts))
 
 
