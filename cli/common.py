@@ -38,6 +38,8 @@ METRICS = (
     ("paraphrase_success", "paraphrase"),
     ("neighborhood_success", "neighborhood"),
     ("score", "score"),
+    ("efficacy_accuracy", "new object most probable"),
+    ("paraphrase_accuracy", "the same, paraphrases"),
 )
 
 
@@ -66,7 +68,7 @@ def new_folder(path: Path) -> Path:
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.3g}/s" if task.speed else "")
+        return Text(f"{task.speed:,.1f}/s" if task.speed else "")
 
 
 @contextmanager
@@ -81,7 +83,7 @@ def bars() -> Iterator[Listener]:
 
         def listen(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(phase, total=total)
+                tasks[phase] = progress.add_task(phase.replace("_", " "), total=total)
             progress.update(tasks[phase], completed=done, total=total)
 
         yield listen

@@ -22,7 +22,7 @@ def merge(
 
     Example: rewire merge edits/first --to gpt2-xl --out gpt2-xl-edited
     """
-    from ..engine.delta import Delta
+    from ..engine.delta import Delta, readable
 
     whole = common.new_folder(out)
     delta = Delta.load(folder)
@@ -33,6 +33,8 @@ def merge(
         shutil.rmtree(temporary, ignore_errors=True)
         loaded.hf.save_pretrained(temporary)  # type: ignore[operator]
         loaded.tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            readable(file)
         if whole.exists():
             whole.rmdir()  # `new_folder` saw that it is empty
         os.replace(temporary, whole)
