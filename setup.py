@@ -51,7 +51,6 @@ setup(
     ],
     extras_require={
         "corpora": ["datasets>=3"],
-        "placement": ["accelerate>=1.0"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=4",

@@ -48,7 +48,10 @@ def bench_values(
     with frozen(model):
         optimise_values(model, facts[:1], contexts, hparams)  # warm
         serial_value(model, facts[0], contexts, hparams)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         batched.append(_time(lambda: optimise_values(model, facts, contexts, hparams, batch_size))[0])
+        peak = _peak_bytes(model.hf)
         serial_seconds, serial = 0.0, []
         for number, fact in enumerate(facts):
             seconds, value = _time(lambda fact=fact: serial_value(model, fact, contexts, hparams))
@@ -78,13 +81,15 @@ def bench_values(
                 "seconds": mean,
                 "baseline_seconds": serial_seconds,
                 "ratio": serial_seconds / mean,
-                "peak_bytes": _peak_bytes(model.hf),
+                "peak_bytes": peak,
             }
         )
     return result
 
 
 def _time(call: Any) -> tuple[float, Any]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     result = call()
     if torch.cuda.is_available():

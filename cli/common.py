@@ -23,7 +23,7 @@ ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory or hub id; `demo` is the embedded one.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps, or balanced over all GPUs.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or checkpoint (as stored).")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampled context templates.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N records only.")]
@@ -50,7 +50,7 @@ def load(name: str, dtype: str, device: str) -> Model:
     from ..engine.model import load
 
     logging.disable_progress_bar()
-    return load(name, dtype, device)
+    return load(name, dtype, device=device)
 
 
 def new_folder(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -28,13 +29,13 @@ def merge(
     delta = Delta.load(folder)
     loaded = common.load(to, dtype, device)
     weights = delta.apply(loaded)
-    temporary = whole.with_name(whole.name + ".tmp")
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{whole.name}-", dir=whole.parent))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         loaded.hf.save_pretrained(temporary)  # type: ignore[operator]
         loaded.tokenizer.save_pretrained(temporary)
-        for file in temporary.iterdir():
-            readable(file)
+        for path in (temporary, *temporary.iterdir()):
+            readable(path)
         if whole.exists():
             whole.rmdir()  # `new_folder` saw that it is empty
         os.replace(temporary, whole)
@@ -45,6 +46,6 @@ def merge(
         common.print_json({"out": str(out), "edits": len(delta.edits), "lost_to_rounding": lost})
         return
     print(f"{common.count(len(delta.edits), 'edit')} merged into {to}, written to {out}")
-    worst = max(lost.values())
+    worst = max(lost.values(), default=0.0)
     if worst > 0.01:
         print(f"rounding lost up to {100 * worst:.1f} % of a weight's update; try --dtype float32")

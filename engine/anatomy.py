@@ -7,6 +7,7 @@ checked by running it (`passes.verify`).
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -87,17 +88,30 @@ def find_anatomy(hf: nn.Module) -> Anatomy:
         source = "structure"
     try:
         stack = hf.get_submodule(blocks)
+        assert isinstance(stack, nn.ModuleList)
         hf.get_submodule(norm)
-        d_in, d_out = widths(hf.get_submodule(f"{blocks}.0.{projection}"))
+        found = {_edited(hf.get_submodule(f"{blocks}.{i}.{projection}")) for i in range(len(stack))}
     except AttributeError as error:
         raise InputError(f"{config.model_type}: expected {blocks}, {norm} and {projection} in it ({error})") from None
-    assert isinstance(stack, nn.ModuleList)
+    if len(found) > 1:
+        raise InputError(f"{config.model_type}: its MLP output projections have different widths: {sorted(found)}")
+    d_in, d_out = found.pop()
     softcap = getattr(text, "final_logit_softcapping", None)
     vocab = int(hf.get_submodule(head).weight.shape[0])  # type: ignore[index]
     return Anatomy(
         config.model_type, blocks, projection, post_norm, norm, head,
         len(stack), d_out, d_in, vocab, softcap, source,
     )  # fmt: skip
+
+
+def _edited(projection: nn.Module) -> tuple[int, int]:
+    dtype = projection.weight.dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(
+            f"the MLP output projection is stored quantised ({type(projection).__name__}, {dtype}): "
+            "it cannot be edited yet; load the model in bfloat16 or float32"
+        )
+    return widths(projection)
 
 
 def widths(projection: nn.Module) -> tuple[int, int]:

@@ -33,7 +33,14 @@ class Factors:
 
     def dense(self) -> Tensor:
         """[d_out, d_in] float32."""
-        return self.left if self.right is None else self.left @ self.right
+        if self.right is None:
+            return self.left
+        asked = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # what is written is what was solved, whatever the caller prefers
+        try:
+            return self.left @ self.right
+        finally:
+            torch.set_float32_matmul_precision(asked)
 
     def compact(self) -> "Factors":
         """Dense once the factors would hold more numbers than the product."""
@@ -74,6 +81,7 @@ class EditedWeights:
             if not factors.finite():
                 raise InputError(f"{name}: its update holds NaN or infinity; no weight was changed")
             parameter = self._parameter(name)
+            self._check_untouched(name)
             self.originals.setdefault(name, parameter.detach().clone())
             before.setdefault(name, self.sums.get(name))
             base = before[name]
@@ -96,6 +104,8 @@ class EditedWeights:
 
     def undo_last(self) -> None:
         """Weights as they were before the last update, bit for bit: the sum is made again without it."""
+        for name in self.updates[-1]:
+            self._check_untouched(name)
         gone = self.updates.pop()
         for name in gone:
             total: Tensor | None = None
@@ -112,6 +122,11 @@ class EditedWeights:
             asked = (total - self.originals[name].float()).norm().clamp_min(torch.finfo(torch.float32).tiny)
             lost[name] = float((self._parameter(name).detach().float() - total).norm() / asked)
         return lost
+
+    def _check_untouched(self, name: str) -> None:
+        """What somebody else wrote meanwhile (another session, a training step) is not overwritten."""
+        if name in self.originals and not torch.equal(self._parameter(name), self._cast(name, self.sums.get(name))):
+            raise InputError(f"{name} was changed by something else since this session wrote it; start a new session")
 
     def _restore(self, name: str, total: Tensor | None) -> None:
         with torch.no_grad():
@@ -132,10 +147,10 @@ class EditedWeights:
 
 
 def readable(path: Path) -> None:
-    """The mode of an ordinary new file: safetensors leaves its files to their owner alone."""
+    """The mode of an ordinary new file or folder: safetensors leaves its files to their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def oriented(module: nn.Module, change: Tensor) -> Tensor:
@@ -213,8 +228,9 @@ class Delta:
         Refused: another base model (by its fingerprint), a weight that is not there or has another shape.
         """
         if model.fingerprint != self.fingerprint:
+            made_in = ", ".join(sorted({str(edit.get("dtype")) for edit in self.edits}))
             raise InputError(
-                f"the delta was made on {self.model} (fingerprint {self.fingerprint}); "
+                f"the delta was made on {self.model} (fingerprint {self.fingerprint}, in {made_in}); "
                 f"{model.name} has other weights (fingerprint {model.fingerprint})"
             )
         for update in self.updates:

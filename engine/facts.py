@@ -61,6 +61,8 @@ class Fact:
             for text in getattr(self, name):
                 _check_text(f"a text of {name}", text)
         object.__setattr__(self, "prompt", place_subject(self.prompt, self.subject))
+        for name in ("paraphrases", "neighbors"):
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
         for name in ("target_new", "target_true"):
             value = getattr(self, name)
             object.__setattr__(self, name, value.strip() if value else value)

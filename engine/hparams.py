@@ -42,7 +42,8 @@ class Hparams(BaseModel):
     clamp_norm_factor: |delta| stays within this times |h0|
     kl_factor: weight of KL(now || first) at the subject of "{} is a"
     mom2_update_weight: lambda, multiplies C
-    mom2_dataset, mom2_n_samples: corpus and number of documents of the second moments
+    mom2_dataset: the corpus of the published preset; not read: the corpus is named to the session (`--corpus`)
+    mom2_n_samples: most documents that second moments are collected over; picks among files of given ones
     mom2_tokens: token budget where moments are collected; None: 20 d_in
     mom2_max_length: documents are cut to so many tokens where moments are collected
     rewrite_module_tmp: the published name of the edited module; must be what the anatomy says
@@ -210,11 +211,11 @@ def _find(method: str, model_name: str, preset: str | Path | None) -> Path | Non
         if Path(preset).is_file():
             return Path(preset)
         raise InputError(f"--preset {preset}: no such file, and no shipped preset; there are {', '.join(shipped)}")
-    wanted = Path(model_name).name.lower()
+    wanted = (model_name.lower(), Path(model_name).name.lower())
     for path in shipped.values():
         content = read_yaml(path)
         names = [content.get("model_name", path.stem), *content.get("aliases", [])]
-        if wanted in (str(name).lower() for name in names):
+        if any(str(name).lower() in wanted for name in names):
             return path
     return None
 

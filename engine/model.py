@@ -13,6 +13,7 @@ from ..kernels.errors import InputError
 from .anatomy import Anatomy, find_anatomy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO = "rewire/demo"  # the name of the embedded model
 _SAMPLES = 256  # values a tensor gives to the fingerprint
 
 
@@ -71,21 +72,28 @@ class Model:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def load(name: str | Path, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> Model:
-    """A model from a directory or a hub id; "demo" is the embedded one.
+def load(
+    name: str | Path,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+) -> Model:
+    """A model from a directory or a hub id; "demo" is the embedded one (a folder of that name is "./demo").
 
     dtype: "float32", "bfloat16", "float16", "checkpoint" (as stored), or "auto": as stored, on a CPU float32
-    device: "cpu", "cuda", "cuda:1", "mps", "balanced" (over all GPUs, needs accelerate), or "auto": CUDA if there
-    Raises `InputError` where there is no model, it is no causal LM, or a name is unknown.
+    quantize: None; quantised base weights cannot be edited yet
+    device: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is one
+    Raises `InputError` where there is no model, it is incomplete or no causal LM, or a name is unknown.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in ("auto", "checkpoint", *DTYPES):
         raise InputError(f"dtype {dtype!r} is unknown; expected auto, checkpoint, {', '.join(DTYPES)}")
+    if quantize is not None:
+        raise InputError(f"quantize {quantize!r}: quantised base weights cannot be edited yet; expected None")
     place = pick_device(device)
-    source = str(name)
-    if source == "demo" and not Path(source).exists():
-        source = str(demo_file("."))
+    source = str(demo_file(".")) if str(name) == "demo" else str(name)
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -96,18 +104,20 @@ def load(name: str | Path, dtype: str = "auto", device: str = "auto", revision: 
         config = AutoConfig.from_pretrained(source, revision=revision)
         _refuse_other_tasks(source, config)
         torch_dtype: Any = DTYPES.get(dtype, torch.float32 if (dtype, place) == ("auto", "cpu") else "auto")
-        placement = {"device_map": "balanced"} if place == "balanced" else {}
-        hf = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch_dtype, **placement)
+        hf, found = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{source}: cannot be loaded as a causal LM: {reason}") from None
-    hf.eval()
-    if place != "balanced":
-        hf.to(place)
-    return Model(hf, tokenizer, str(name))
+    missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if missing:
+        raise InputError(f"{source}: its checkpoint is incomplete: {len(missing)} weights missing, {missing[0]} first")
+    hf.eval().to(place)
+    return Model(hf, tokenizer, DEMO if str(name) == "demo" else str(name))
 
 
 def demo_file(name: str) -> Path:
@@ -123,12 +133,10 @@ def wrap(hf: nn.Module, tokenizer: Any, name: str | None = None) -> Model:
 def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "balanced":
-        return device
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
     kind = device.partition(":")[0]
     if kind not in there:
-        raise InputError(f"device {device!r} is unknown; expected auto, cpu, cuda, cuda:N, mps or balanced")
+        raise InputError(f"device {device!r} is unknown; expected auto, cpu, cuda or cuda:N")
     if not there[kind]:
         raise InputError(f"device {device!r} was asked for, but torch sees none here; use --device cpu")
     try:

@@ -1,4 +1,4 @@
-"""Running the model: every forward pass of the engine goes through here.
+"""Running the model: forward passes that read or score (`suffix` has the one that is differentiated).
 
 All rows are padded on the right and run without an attention mask: under causal attention no real token sees the
 padding, and nothing is read from padded positions. Passes stop behind the last module that is asked for.
@@ -6,6 +6,7 @@ padding, and nothing is read from padded positions. Passes stop behind the last 
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -76,8 +77,13 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free for a batch on the device, in bytes."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return int(psutil.virtual_memory().available)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, where there is one
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, limit - used)
+    return available
 
 
 def tokens_that_fit(model: Model, bytes_per_token: float) -> int:
@@ -267,12 +273,12 @@ def continuations(model: Model, prompts: Sequence[str], tokens: int, batch_token
     greedy = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id or 0
     )
+    fits = [i for i, ids in enumerate(coded) if len(ids) < model.max_length]
     with frozen(model), _generating(model, greedy):
-        for batch in batches([len(ids) + tokens for ids in coded], budget):
+        for chosen in batches([len(coded[i]) + tokens for i in fits], budget):
+            batch = [fits[i] for i in chosen]
             longest = max(len(coded[i]) for i in batch)
             room = min(tokens, model.max_length - longest)
-            if room < 1:
-                continue
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for line, i in enumerate(batch):  # generation appends at the right, so it wants padding on the left

@@ -23,13 +23,18 @@ from .editors.registry import Job, find_method
 from .evaluation import evaluate
 from .facts import Fact, InvalidFact, digest, to_record
 from .hparams import load_hparams
-from .model import Model, demo_file
+from .model import DEMO, Model, demo_file
 from .passes import continuations, forward_bytes, sample_contexts, stream_inputs, tokens_that_fit
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
 
 log = logging.getLogger("rewire")
 
+# what a delta tells of each edit
+ABOUT = (
+    *("id", "method", "preset", "hparams", "contexts", "seed", "statistics", "dtype"),
+    *("facts_digest", "fact_count", "versions"),
+)
 SAID_TOKENS = 6  # how much the report quotes of what the model says
 
 
@@ -98,45 +103,39 @@ class EditSession:
             raise InputError("no facts to edit")
         facts = tuple(facts)
         phases = Phases(self.listener)
-        before = self._look(facts, phases, "evaluate_before") if evaluate else None
         with phases("contexts"):
             if self.contexts is None:
                 self.contexts = sample_contexts(self.model, self.seed)
-        with self.weights.provisional() as put:
-            outcome = self.method.edit(
-                Job(
-                    self.model,
-                    facts,
-                    self.contexts,
-                    self.hparams,
-                    lambda layers: self._second_moments(layers, phases),
-                    put,
-                    phases,
-                    self.batch_size,
-                )
+        with self.weights.provisional() as put:  # whatever fails inside, all weights are put back
+            job = Job(
+                self.model,
+                facts,
+                self.contexts,
+                self.hparams,
+                lambda layers: self._second_moments(layers, phases),
+                put,
+                phases,
+                self.batch_size,
             )
-        try:
+            self.method.check(job)  # what can be refused is refused before the long work
+            before = self._look(facts, phases, "evaluate_before") if evaluate else None
+            outcome = self.method.edit(job)
             after = self._look(facts, phases, "evaluate_after") if evaluate else None
-        except BaseException:
-            self.weights.undo_last()
-            raise
-        identity = uuid.uuid4().hex[:8]
-        report = {
-            **self._describe(identity, facts),
-            "seconds": {name: round(seconds, 4) for name, seconds in phases.seconds.items()},
-            "before": before and before["metrics"],
-            "after": after and after["metrics"],
-            "layers": outcome.layers,
-            "statistics": dict(self._statistics),
-            "facts": [
-                to_record(fact)
-                | result
-                | ({"before": before["facts"][i], "after": after["facts"][i]} if before and after else {})
-                for i, (fact, result) in enumerate(zip(facts, outcome.facts, strict=True))
-            ],
-            "skipped": [asdict(record) for record in skipped],
-        }
-        edit = Edit(identity, facts, report)
+            report = {
+                **self._describe(facts),
+                "seconds": {name: round(seconds, 4) for name, seconds in phases.seconds.items()},
+                "before": before and before["metrics"],
+                "after": after and after["metrics"],
+                "layers": outcome.layers,
+                "facts": [
+                    to_record(fact)
+                    | result
+                    | ({"before": before["facts"][i], "after": after["facts"][i]} if before and after else {})
+                    for i, (fact, result) in enumerate(zip(facts, outcome.facts, strict=True))
+                ],
+                "skipped": [asdict(record) for record in skipped],
+            }
+            edit = Edit(report["id"], facts, report)
         self.edits.append(edit)
         return edit
 
@@ -153,8 +152,7 @@ class EditSession:
     @property
     def delta(self) -> Delta:
         """All edits of the session as factors."""
-        about = ("id", "method", "preset", "hparams", "contexts", "seed", "facts_digest", "fact_count", "versions")
-        edits = [{key: edit.report[key] for key in about} for edit in self.edits]
+        edits = [{key: edit.report[key] for key in ABOUT} for edit in self.edits]
         return Delta(self.model.name, self.fingerprint, edits, self.weights.updates)
 
     def save(self, folder: str | Path) -> Path:
@@ -191,7 +189,8 @@ class EditSession:
             anatomy = self.model.anatomy
             name_of = {anatomy.layer_name(layer): layer for layer in missing}
             with phases("statistics") as tick:
-                if self._corpus is None and self._stats is None and self.model.name != "demo":
+                corpus = None if self._stats else read_corpus(self._corpus or demo_file("corpus.txt"))
+                if self._corpus is None and corpus is not None and self.model.name != DEMO:
                     log.warning("no corpus named: second moments come from the demo's small text (see --corpus)")
                 if self.weights.updates and self._stats is None:
                     raise InputError("statistics are those of the unedited model: it was edited before they were there")
@@ -202,7 +201,7 @@ class EditSession:
                     dtype=str(next(self.model.hf.parameters()).dtype).removeprefix("torch."),
                     run=lambda rows, sink: stream_inputs(self.model, rows, missing, sink),
                     encode=self._encode,
-                    corpus=None if self._stats else read_corpus(self._corpus or demo_file("corpus.txt")),
+                    corpus=corpus,
                     max_length=min(self.hparams.mom2_max_length, self.model.max_length),
                     stats=self._stats,
                     n_samples=self.hparams.mom2_n_samples,
@@ -212,7 +211,8 @@ class EditSession:
                 )
             for name, moment in found.items():
                 self._moments[name_of[name]] = moment.mean
-                self._statistics[name] = {"source": moment.source, "tokens": moment.count}
+                over = None if corpus is None else f"{corpus.name}-{corpus.digest}"
+                self._statistics[name] = {"source": moment.source, "tokens": moment.count, "corpus": over}
         return {layer: self._moments[layer] for layer in layers}
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -220,10 +220,10 @@ class EditSession:
         rows: list[list[int]] = coded["input_ids"]
         return rows
 
-    def _describe(self, identity: str, facts: Sequence[Fact]) -> dict[str, Any]:
+    def _describe(self, facts: Sequence[Fact]) -> dict[str, Any]:
         model = self.model
         return {
-            "id": identity,
+            "id": uuid.uuid4().hex[:8],
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": model.name,
             "fingerprint": self.fingerprint,
@@ -236,6 +236,7 @@ class EditSession:
             "seed": self.seed,
             "facts_digest": digest(facts),
             "fact_count": len(facts),
+            "statistics": dict(self._statistics),
             "versions": versions(),
         }
 
@@ -255,7 +256,10 @@ def _git_hash() -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:  # no git there
+        return None
     return asked.stdout.strip() or None
 
 

@@ -42,7 +42,8 @@ class PrefixCache:
         return keys, values
 
     def only(self, rows: Tensor) -> "PrefixCache":
-        return PrefixCache({layer: (keys[rows], values[rows]) for layer, (keys, values) in self.kept.items()})
+        pairs = {layer: (keys, values, rows.to(keys.device)) for layer, (keys, values) in self.kept.items()}
+        return PrefixCache({layer: (keys[at], values[at]) for layer, (keys, values, at) in pairs.items()})
 
 
 def record_calls(model: Model, layer: int, length: int) -> dict[int, Call]:
@@ -138,7 +139,8 @@ class Suffix:
             hidden = hidden_of(self.model.block(layer)(hidden, *args, **kwargs))
         rows, positions = read
         norm = self.model.hf.get_submodule(self.model.anatomy.norm)
-        found: Tensor = norm(hidden[rows, positions - self.start[rows]])
+        places = (rows.to(hidden.device), (positions - self.start[rows]).to(hidden.device))
+        found: Tensor = norm(hidden[places])
         return found
 
 
@@ -161,6 +163,8 @@ def _gather(
             mask = value[0, 0].to(start.device)[query[:, :, None], key[:, None, :]]
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             return mask.masked_fill(unseen[:, None, :], hidden)[:, None]
+        if value.shape == (length,):  # `cache_position` of earlier transformers: for caches alone
+            return value
         if value.shape[:2] == (1, length):
             return value[0][query.to(value.device)]
         raise InputError(f"blocks take a tensor of shape {tuple(value.shape)}: this family cannot be edited yet")
@@ -212,11 +216,11 @@ def _verify(model: Model, layer: int, kind: str) -> None:
     if not torch.allclose(shorter, own[:, :-1], atol=tolerance, rtol=0):
         raise InputError(f"{kind}: its tokens see later ones; expected a causal (decoder-only) LM")
     seen = [(row, at) for row, first in enumerate((2, 5)) for at in range(first, length)]
-    read = (torch.tensor([row for row, _ in seen]), torch.tensor([at for _, at in seen]))
+    read_row, read_at = torch.tensor(seen, device=before.device).T
     start = torch.tensor([2, 5], device=before.device)  # the rows' first active tokens; earlier ones are not read
     suffix = Suffix.of(model, record_calls(model, layer, length), before, start, length - 2)
-    replayed = model.logits(suffix(torch.zeros_like(before[:, 0]), read))
-    if not torch.allclose(replayed, own[read], atol=tolerance, rtol=0):
+    replayed = model.logits(suffix(torch.zeros_like(before[:, 0]), (read_row, read_at)))
+    if not torch.allclose(replayed, own[read_row, read_at], atol=tolerance, rtol=0):
         raise InputError(f"{kind}: its logits are not head(norm(blocks)): this family cannot be edited yet")
     push = torch.ones_like(before[:, -1]) * before.float().std().to(before.dtype)
 

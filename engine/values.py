@@ -13,6 +13,7 @@ Loss of a fact (MEMIT, arXiv 2210.07229, as published):
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def optimise_values(
     rewriting = fact_rows(model.tokenizer, facts, templates, model.max_length)
     kl = kl_rows(model.tokenizer, facts)
     longest = max(len(row.ids) for group in rewriting for row in group)
-    size = batch_size or facts_that_fit(model, longest, len(templates) + 1)
+    size = batch_size or facts_that_fit(model, hparams.layers[-1], longest, len(templates) + 1)
     parts: list[Values] = []
     with frozen(model):
         for start in range(0, len(facts), size):
@@ -123,10 +124,13 @@ def optimise_values(
     return Values(*(torch.cat([getattr(part, name) for part in parts]) for name in Values.__dataclass_fields__))
 
 
-def facts_that_fit(model: Model, tokens: int, rows: int) -> int:
+def facts_that_fit(model: Model, layer: int, tokens: int, rows: int) -> int:
     """Facts of `rows` rows of `tokens` tokens whose keys, values and first distributions stay in memory."""
-    item = next(model.hf.parameters()).element_size()
-    state = rows * tokens * (2 * model.anatomy.n_layers + 1) * model.anatomy.d_model * item + 4 * model.anatomy.vocab
+    config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or model.anatomy.d_model // config.num_attention_heads
+    kept = 2 * (model.anatomy.n_layers - layer - 1) * heads * width + model.anatomy.d_model  # numbers a token
+    state = rows * tokens * kept * next(model.hf.parameters()).element_size() + 4 * model.anatomy.vocab
     return max(1, min(MAX_FACTS, int(MEMORY_SHARE * free_bytes(model.device) / 2 / state)))
 
 
@@ -234,7 +238,7 @@ def _add_loss(
         added = delta[group.fact].requires_grad_(update)
         read_row = torch.cat([group.label_row, group.kl_row])
         read_at = torch.cat([group.label_at, group.suffix.start[group.kl_row]])
-        logp = model.logits(group.suffix(added, (read_row, read_at))).log_softmax(-1)
+        logp = model.logits(group.suffix(added, (read_row, read_at))).log_softmax(-1).to(delta.device)
         labels = len(group.label)
         of_label = -logp[:labels].gather(1, group.label[:, None])[:, 0] * group.label_weight
         p_now = logp[labels:]

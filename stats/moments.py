@@ -36,7 +36,7 @@ class SecondMoment:
     """Adds up k kᵀ: float32 within `FOLD` tokens, float64 across them; lower triangles, mirrored at the end.
 
     d: width of the keys
-    device: where they come from; holds 12 d² bytes there (it must know float64, so no MPS)
+    device: where they come from: holds 4 d² bytes there, and 8 d² on the CPU
     name: the layer, for errors
     """
 
@@ -46,7 +46,7 @@ class SecondMoment:
         self._in_chunk = 0
         with torch.inference_mode(False):  # made inside somebody's inference mode, written to outside it
             self._chunk = torch.zeros(d, d, dtype=torch.float32, device=device)
-            self._sum = torch.zeros(d, d, dtype=torch.float64, device=device)
+            self._sum = torch.zeros(d, d, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, X: Tensor) -> None:
@@ -67,7 +67,7 @@ class SecondMoment:
         self._fold()
         total = self._sum.float()
         mirror_(total)
-        return Moment(total.cpu(), self.count, documents)
+        return Moment(total, self.count, documents)
 
     def _fold(self) -> None:
         # a sum of squares is finite exactly where its column was: d values to look at instead of T d
@@ -76,6 +76,6 @@ class SecondMoment:
                 f"{self.name}: NaN or Inf among the keys of tokens {self.count - self._in_chunk} to {self.count}; "
                 "expected finite values: check the model's weights, or load it in bfloat16 or float32"
             )
-        self._sum += self._chunk
+        self._sum += self._chunk.cpu()
         self._chunk.zero_()
         self._in_chunk = 0

@@ -16,35 +16,37 @@ from ..hparams import Hparams
 from ..keys import measure_hidden, measure_keys
 from ..model import Model
 from ..passes import read_at
-from ..prompts import PLAIN, Row, subject_rows
+from ..prompts import PLAIN, Row, fact_rows, subject_rows
 from ..solve import memit_update, through_norm
 from ..suffix import verify
 from ..values import optimise_values
 from .registry import Job, Method, Outcome
 
 
+def check(job: Job) -> None:
+    """The model is what its anatomy says, every row is short enough, and there are second moments of it."""
+    verify(job.model, job.hparams.layers[-1])
+    fact_rows(job.model.tokenizer, job.facts, (PLAIN, *job.contexts), job.model.max_length)
+    job.moments(job.hparams.layers)
+
+
 def edit(job: Job) -> Outcome:
     """Writes the layers provisionally through `job.put`. Raises `InputError` where anything is not a number."""
     model, hparams = job.model, job.hparams
-    z_layer = hparams.layers[-1]
-    verify(model, z_layer)
     rows = subject_rows(model.tokenizer, job.facts, (PLAIN, *job.contexts), model.max_length)
     moments = job.moments(hparams.layers)
     with job.phases("values") as tick:
         values = optimise_values(model, job.facts, job.contexts, hparams, job.batch_size, tick)
     update, layers, asked, left = spread(job, rows, values.Z, moments)
-    achieved = 1 - left / asked.clamp_min(torch.finfo(asked.dtype).tiny)
-    facts = [
-        {
-            "steps": int(values.steps[i]),
-            "nll_before": float(values.first_nll[i]),
-            "nll_with_delta": float(values.last_nll[i]),
-            "loss": float(values.loss[i]),
-            "asked_residual": float(asked[i]),
-            "achieved": float(achieved[i]) if asked[i] > 0 else None,
-        }
-        for i in range(len(job.facts))
-    ]
+    columns = {
+        "steps": values.steps.tolist(),
+        "nll_before": values.first_nll.tolist(),
+        "nll_with_delta": values.last_nll.tolist(),
+        "loss": values.loss.tolist(),
+        "asked_residual": asked.tolist(),
+        "achieved": [1 - b / a if a > 0 else None for a, b in zip(asked.tolist(), left.tolist(), strict=True)],
+    }
+    facts = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return Outcome(update, facts, layers)
 
 
@@ -78,18 +80,19 @@ def spread(
             factors, info = memit_update(K, part, moments[layer], hparams.mom2_update_weight)
             factors = factors.compact()
             tick(done + 1, len(hparams.layers))
-        with job.phases("apply"):
-            lost = job.put(name, factors)
         update[name] = factors
         weight = model.projection(layer).weight
         assert isinstance(weight, Tensor)
+        relative_change = float(factors.dense().norm() / weight.detach().float().norm())
+        with job.phases("apply"):
+            lost = job.put(name, factors)
         reports.append(
             {
                 "weight": name,
                 "residual": info.residual,
                 "condition": info.condition,
                 "solved_in": info.dtype,
-                "relative_change": float(factors.dense().norm() / weight.detach().float().norm()),
+                "relative_change": relative_change,
                 "lost_to_rounding": lost,
             }
         )
@@ -107,4 +110,4 @@ def behind_norm(model: Model, layer: int, plain: list[Row], R: Tensor) -> Tensor
     return through_norm(norm, read_at(model, plain, projected=[layer])["proj", layer].to(R.device), R)
 
 
-METHOD = Method("memit", Hparams, edit)
+METHOD = Method("memit", Hparams, check, edit)

@@ -47,8 +47,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
+    """check: raises `InputError` for what cannot be edited, before the long work; edit: does it, through `job.put`."""
+
     name: str
     hparams: type[Hparams]
+    check: Callable[[Job], None]
     edit: Callable[[Job], Outcome]
 
 

@@ -93,9 +93,9 @@ def test_shipped_presets_load_and_fit_a_model(method: str, name: str, path: Path
     assert list(hparams.layers) == content["layers"]
     assert max(hparams.layers) < house.n_layers - 1  # something must lie above the z-layer
     assert source.startswith(f"hparams/{method}/{name}.yaml (")
-    by_model, again = load_hparams(
-        find_method(method).hparams, method, f"org/{content.get('model_name', name).upper()}", house
-    )
+    own = content.get("model_name", name)
+    asked = own.upper() if "/" in own else f"org/{own.upper()}"
+    by_model, again = load_hparams(find_method(method).hparams, method, asked, house)
     assert (by_model, again) == (hparams, source)
 
 
