@@ -123,7 +123,8 @@ class Suffix:
         def take(value: Any) -> Any:
             if isinstance(value, PrefixCache):
                 return cache
-            return value[kept.to(value.device)] if isinstance(value, Tensor) else value
+            # what was gathered has a row of each row; a one-dimensional tensor is all rows'
+            return value[kept.to(value.device)] if isinstance(value, Tensor) and value.ndim > 1 else value
 
         calls: dict[int, Call] = _map(self.calls, take, {})
         return replace(self, active=self.active[kept], start=self.start[kept], calls=calls, cache=cache)
@@ -159,7 +160,7 @@ def _gather(
             return cache
         if not isinstance(value, Tensor):
             return value
-        if value.shape == (1, 1, length, length):
+        if value.ndim == 4 and value.shape[:3] == (1, 1, length) and value.shape[3] >= length:  # some add a column
             mask = value[0, 0].to(start.device)[query[:, :, None], key[:, None, :]]
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             return mask.masked_fill(unseen[:, None, :], hidden)[:, None]
