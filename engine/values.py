@@ -139,7 +139,7 @@ def group_tokens(model: Model, layer: int) -> int:
     anatomy = model.anatomy
     item = next(model.hf.parameters()).element_size()
     saved = item * (anatomy.n_layers - layer - 1) * (12 * anatomy.d_model + 4 * anatomy.d_in)
-    head = 4 * 4 * anatomy.vocab / 4  # some float32 copies of the logits at one label in four tokens
+    head = 4 * 4 * anatomy.vocab  # some float32 copies of the logits: a KL row's one token is read
     cap = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
     return max(1, min(cap, int(MEMORY_SHARE * free_bytes(model.device) / 2 / (saved + head))))
 
@@ -237,8 +237,8 @@ def _add_loss(
     with torch.set_grad_enabled(update):
         added = delta[group.fact].requires_grad_(update)
         read_row = torch.cat([group.label_row, group.kl_row])
-        read_at = torch.cat([group.label_at, group.suffix.start[group.kl_row]])
-        logp = model.logits(group.suffix(added, (read_row, read_at))).log_softmax(-1).to(delta.device)
+        read_position = torch.cat([group.label_at, group.suffix.start[group.kl_row]])
+        logp = model.logits(group.suffix(added, (read_row, read_position))).log_softmax(-1).to(delta.device)
         labels = len(group.label)
         of_label = -logp[:labels].gather(1, group.label[:, None])[:, 0] * group.label_weight
         p_now = logp[labels:]
