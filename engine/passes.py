@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from ..stats.collect import batches
 from .model import Model
 from .prompts import CONTEXT_TOKENS, CONTEXT_TOP_K, SEED_WORDS, Row, clean_context, pad, prompt_ids
 
@@ -95,19 +96,6 @@ def tokens_that_fit(model: Model, bytes_per_token: float) -> int:
 def forward_bytes(model: Model) -> float:
     """Rough bytes that one token takes in a pass without gradients: some buffers of each width of one block."""
     return 4.0 * (12 * model.anatomy.d_model + 4 * model.anatomy.d_in)
-
-
-def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices in batches of at most `tokens` padded tokens (at least one row each), longest rows first."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    result: list[list[int]] = []
-    for index in order:
-        # rows come longest first, so the first of a batch is its width
-        if result and (len(result[-1]) + 1) * lengths[result[-1][0]] <= tokens:
-            result[-1].append(index)
-        else:
-            result.append([index])
-    return result
 
 
 @torch.no_grad()

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.errors import InputError
+from ..stats.collect import batches
 from .facts import Fact
 from .hparams import Hparams
 from .model import Model
-from .passes import MEMORY_SHARE, batches, blocks_until, free_bytes, frozen, read_at
+from .passes import MEMORY_SHARE, blocks_until, free_bytes, frozen, read_at
 from .prompts import PLAIN, Row, fact_rows, kl_rows, pad
 from .suffix import Call, Suffix, record_calls
 

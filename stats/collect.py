@@ -1,6 +1,6 @@
 """Second moments of many layers in one pass over a corpus. Knows no model: it is handed a function that runs one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from torch import Tensor
@@ -72,7 +72,8 @@ def collect(
         read += sum(map(len, rows))
         bounds = [tokens, n_samples and read * n_samples // documents]
         total = min(bound for bound in bounds if bound is not None)
-        for batch in batches(rows, batch_tokens):
+        for chosen in batches([len(row) for row in rows], batch_tokens):
+            batch = [rows[i] for i in chosen]
             run(batch, sink)
             done += sum(map(len, batch))
             if progress is not None:
@@ -111,13 +112,14 @@ def windows(
             return
 
 
-def batches(rows: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """`rows` by falling length, cut so that a batch padded to its first row holds at most `batch_tokens` tokens."""
-    batch: list[list[int]] = []
-    for row in sorted(rows, key=len, reverse=True):
-        if batch and len(batch[0]) * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices in batches of at most `tokens` padded tokens (at least one row each), longest rows first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    result: list[list[int]] = []
+    for index in order:
+        # rows come longest first, so the first of a batch is its width
+        if result and (len(result[-1]) + 1) * lengths[result[-1][0]] <= tokens:
+            result[-1].append(index)
+        else:
+            result.append([index])
+    return result

@@ -39,7 +39,7 @@ def test_equals_a_float64_loop(
 
 def test_batches_hold_every_row_once_and_little_padding() -> None:
     rows = [[i] * length for i, length in enumerate(np.random.default_rng(0).integers(1, 200, 300))]
-    cut = list(batches(rows, 1000))
+    cut = [[rows[i] for i in chosen] for chosen in batches([len(row) for row in rows], 1000)]
     assert sorted(row for batch in cut for row in batch) == rows
     padded = sum(len(batch) * len(batch[0]) for batch in cut)
     assert all(len(batch) * len(batch[0]) <= 1000 for batch in cut)
