@@ -108,8 +108,8 @@ def _edited(projection: nn.Module) -> tuple[int, int]:
     dtype = projection.weight.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(
-            f"the MLP output projection is stored quantised ({type(projection).__name__}, {dtype}): "
-            "it cannot be edited yet; load the model in bfloat16 or float32"
+            f"the MLP output projection ({type(projection).__name__}) is stored as {str(dtype).removeprefix('torch.')}; "
+            "expected float32, bfloat16 or float16: quantised weights cannot be edited yet"
         )
     return widths(projection)
 

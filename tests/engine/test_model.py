@@ -57,7 +57,7 @@ def test_quantised_weights_are_refused(folder: Path) -> None:
     weight = model.projection(1).weight
     assert isinstance(weight, torch.Tensor)
     model.projection(1).weight = torch.nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(InputError, match="stored quantised"):
+    with pytest.raises(InputError, match="stored as float8"):
         rewire.wrap(model.hf, model.tokenizer)
 
 
