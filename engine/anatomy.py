@@ -108,7 +108,7 @@ def _edited(projection: nn.Module) -> tuple[int, int]:
     dtype = projection.weight.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(
-            f"the MLP output projection ({type(projection).__name__}) is stored as {str(dtype).removeprefix('torch.')}; "
+            f"the MLP output projection ({type(projection).__name__}) is stored as {str(dtype)[6:]}; "
             "expected float32, bfloat16 or float16: quantised weights cannot be edited yet"
         )
     return widths(projection)
