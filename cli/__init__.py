@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-INTERRUPTED = "interrupted; nothing was written, statistics that were collected are kept: run the command again"
+INTERRUPTED = "interrupted; nothing was written but statistics that were complete: run the command again"
 
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt; older ones raise Abort
 
@@ -26,6 +26,10 @@ def main() -> None:
         status = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 2)
     except KeyboardInterrupt:
         _fail(INTERRUPTED, 3)
     except Exception as error:  # typer carries its own copy of click, so usage errors are known by their names

@@ -93,6 +93,12 @@ def edit(
     print(f"{common.count(len(wanted), 'fact')} edited into {model} with {report['method']}, {report['preset']}")
     if evaluate:
         common.print_metrics({"before": report["before"], "after": report["after"]})
+        lost = [f["subject"] for f in report["facts"] if f["after"]["efficacy"]["accuracy"] < 1]
+        named = f"; not for {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''} (all in report.json)" if lost else ""
+        print(f"the new object is the most probable one for {len(wanted) - len(lost)} of {len(wanted)}{named}")
     print(common.seconds_line(report["seconds"]))
     print(f"written to {out}; the model with the edit in it is made by")
-    print(f"  {shlex.join(['rewire', 'merge', str(out), '--to', model, '--out'])} NEW")
+    words = ["rewire", "merge", str(out), "--to", model]
+    if report["dtype"] == "float16":
+        words += ["--dtype", "float16"]  # its weights are not those of another dtype
+    print(f"  {shlex.join([*words, '--out'])} NEW")

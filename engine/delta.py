@@ -229,9 +229,11 @@ class Delta:
         """
         if model.fingerprint != self.fingerprint:
             made_in = ", ".join(sorted({str(edit.get("dtype")) for edit in self.edits}))
+            loaded_in = str(next(model.hf.parameters()).dtype).removeprefix("torch.")
+            hint = f": try it in {made_in}" if "float16" in (made_in, loaded_in) and made_in != loaded_in else ""
             raise InputError(
                 f"the delta was made on {self.model} (fingerprint {self.fingerprint}, in {made_in}); "
-                f"{model.name} has other weights (fingerprint {model.fingerprint})"
+                f"{model.name} has other weights (fingerprint {model.fingerprint}, in {loaded_in}){hint}"
             )
         for update in self.updates:
             for name, factors in update.items():

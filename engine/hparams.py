@@ -91,6 +91,8 @@ class Hparams(BaseModel):
             raise InputError(
                 f"{where('v_loss_layer')}: v_loss_layer is {self.v_loss_layer}, expected the last block, {n - 1}"
             )
+        if self.layers[-1] == n - 1:
+            log.warning("the last edited layer is the last block: only a prompt that ends in its subject can change")
         module = anatomy.layer_name(0).replace(".0.", ".{}.")
         if self.rewrite_module_tmp not in (None, module):
             raise InputError(

@@ -101,7 +101,10 @@ class EditSession:
         """
         if not facts:
             raise InputError("no facts to edit")
+        if isinstance(facts, Fact) or not all(isinstance(fact, Fact) for fact in facts):
+            raise InputError("edit takes a list of rewire.Fact; rewire.read_facts(path) makes one")
         facts = tuple(facts)
+        _warn_of_contradictions(facts)
         phases = Phases(self.listener)
         with phases("contexts"):
             if self.contexts is None:
@@ -239,6 +242,17 @@ class EditSession:
             "statistics": dict(self._statistics),
             "versions": versions(),
         }
+
+
+def _warn_of_contradictions(facts: Sequence[Fact]) -> None:
+    targets: dict[str, set[str]] = {}
+    for fact in facts:
+        targets.setdefault(fact.question, set()).add(fact.target_new)
+    twice = [question for question, asked in targets.items() if len(asked) > 1]
+    if twice:
+        log.warning(
+            "%d prompts are asked to give several new objects, %r first: none of them will win", len(twice), twice[0]
+        )
 
 
 def versions() -> dict[str, str | None]:

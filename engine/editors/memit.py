@@ -22,6 +22,8 @@ from ..suffix import verify
 from ..values import optimise_values
 from .registry import Job, Method, Outcome
 
+LEAST_ASKED = 1e-4  # of |h0|: a smaller residual is rounding, and a share of it says nothing
+
 
 def check(job: Job) -> None:
     """The model is what its anatomy says, every row is short enough, and there are second moments of it."""
@@ -44,7 +46,10 @@ def edit(job: Job) -> Outcome:
         "nll_with_delta": values.last_nll.tolist(),
         "loss": values.loss.tolist(),
         "asked_residual": asked.tolist(),
-        "achieved": [1 - b / a if a > 0 else None for a, b in zip(asked.tolist(), left.tolist(), strict=True)],
+        "achieved": [
+            1 - b / a if a > LEAST_ASKED * h else None
+            for a, b, h in zip(asked.tolist(), left.tolist(), values.h0.norm(dim=1).tolist(), strict=True)
+        ],
     }
     facts = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return Outcome(update, facts, layers)
