@@ -250,9 +250,7 @@ def _warn_of_contradictions(facts: Sequence[Fact]) -> None:
         targets.setdefault(fact.question, set()).add(fact.target_new)
     twice = [question for question, asked in targets.items() if len(asked) > 1]
     if twice:
-        log.warning(
-            "%d prompts are asked to give several new objects, %r first: none of them will win", len(twice), twice[0]
-        )
+        log.warning("several new objects are asked of one prompt (%d times, %r first): none wins", len(twice), twice[0])
 
 
 def versions() -> dict[str, str | None]:

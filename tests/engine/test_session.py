@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rewire.engine.model import demo_file
 from rewire.engine.passes import continuations
 from rewire.kernels.errors import InputError
 from rewire.kernels.spd_solve import SolveError
-from weights import CONTEXTS, changed, equal, session_on, state
+from weights import CONTEXTS, FAST, changed, equal, session_on, state
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +249,33 @@ def test_what_is_said_is_greedy_whatever_the_model_prefers(demo: rewire.Model, f
     own = demo.hf.generation_config
     assert continuations(demo, asked, 8) == plain
     assert demo.hf.generation_config is own
+
+
+def test_facts_are_facts(demo: rewire.Model, facts: list[Fact]) -> None:
+    for wrong in ("facts.jsonl", facts[0], [{"subject": "Ann"}]):
+        with pytest.raises(InputError, match="a list of rewire"):
+            session_on(demo).edit(wrong)  # type: ignore[arg-type]
+
+
+def test_contradictions_and_a_last_block_are_said(
+    demo: rewire.Model, facts: list[Fact], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rewire"), "propagate", True)
+    session_on(demo).edit(facts[:1], evaluate=False)
+    assert not caplog.records
+    other = Fact(facts[0].subject, facts[0].prompt, "something else")
+    session_on(demo).edit([facts[0], other], evaluate=False)
+    assert [facts[0].question in record.getMessage() for record in caplog.records] == [True]
+    last = demo.anatomy.n_layers - 1
+    session_on(demo, hparams={**FAST, "layers": [last], "mom2_tokens": 2 * demo.anatomy.d_in})
+    assert "last block" in caplog.records[-1].getMessage()
+
+
+def test_nothing_asked_is_not_achieved(demo: rewire.Model, facts: list[Fact]) -> None:
+    """One forward makes no Adam update: the residual is rounding, and no share of it is reported."""
+    tokens = 2 * demo.anatomy.d_in
+    session = session_on(demo, hparams={**FAST, "v_num_grad_steps": 1, "mom2_tokens": tokens})
+    assert {fact["achieved"] for fact in session.edit(facts, evaluate=False).report["facts"]} == {None}
 
 
 def test_no_facts(demo: rewire.Model) -> None:
