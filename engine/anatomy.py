@@ -1,7 +1,7 @@
 """Where things are in a causal LM: decoder blocks, MLP output projection, final norm, head.
 
 Known families are data (`FAMILIES`, by `model_type`); anything else is found by its structure, and what was found is
-checked by running it (`passes.verify`).
+checked by running it (`suffix.verify`).
 """
 
 from dataclasses import dataclass
