@@ -2,31 +2,35 @@
 
 import torch
 
-from ..dispatch import Implementation, Operation, refuse_triton
+from ..dispatch import FLOATS, TORCH, TRITON, Implementation, Operation
 from ..errors import InputError
 
 # measured on CPU (docs/numerics.md): 0.55-0.66 of the time of one full product at d = 1024..3072
 _BLOCK = 256
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ROWS = 4096
 
 
 @torch.no_grad()
-def gram_(C: torch.Tensor, X: torch.Tensor, impl: str = "auto") -> None:
-    """Add XᵀX to the lower triangle of C, in place.
+def gram_(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None = None, impl: str = "auto") -> None:
+    """Add XᵀX, or Xᵀ diag(weight) X, to the lower triangle of C, in place.
 
     C: [d, d] fp32, last dimension contiguous, the sum so far (not a mean)
     X: [T, d] fp32, fp16 or bf16, T >= 0, rows at any stride (copied once if its last dimension is not contiguous)
+    weight: [T] fp32 or bool, of each row; False or 0 leaves a row out (padding), whatever finite numbers it holds
     impl: "triton" (CUDA of compute capability >= 8.0, or the interpreter), "torch", or "auto": triton where it serves
 
-    Afterwards the elements ``C[i, j]`` with ``j <= i`` hold what they held plus ``sum_t X[t, i] X[t, j]``. Those
-    strictly above the diagonal are **undefined**: never read them before one :func:`mirror_` after the last call.
-    Products and sums are fp32 (the product of two 16-bit numbers is exact in it). The kernel never rounds fp32 inputs
-    to tf32; the torch implementation on CUDA obeys ``torch.backends.cuda.matmul``. The error grows with T and with
-    what C already holds: bound a chunk and fold chunks into fp64. Two runs of one implementation agree bit for bit.
+    Afterwards the elements ``C[i, j]`` with ``j <= i`` hold what they held plus ``sum_t weight[t] X[t, i] X[t, j]``.
+    Those strictly above the diagonal are **undefined**: never read them before one :func:`mirror_` after the last call.
+
+    Sums are fp32. The kernel multiplies 16-bit keys exactly, on tensor cores, and adds up at most 32768 tokens before
+    an ordinary fp32 addition to C; fp32 keys are split into bf16, three products of two parts, six of three parts on
+    the diagonal and for few tokens (docs/numerics.md). A weighted key is rounded once, to the dtype of X, which must
+    hold it. The torch implementation on CUDA obeys ``torch.backends.cuda.matmul``. The error grows with what C already
+    holds: fold it into fp64 now and then. Two runs of one implementation on one GPU agree bit for bit.
 
     Raises InputError: dtype, shape, device or layout is not as above, or ``impl`` cannot serve these arguments.
     """
-    if X.ndim != 2 or X.dtype not in _DTYPES:
+    if X.ndim != 2 or X.dtype not in FLOATS:
         raise InputError(f"gram_: X is {_name(X)}; expected [T, d] in float32, float16 or bfloat16")
     d = X.shape[1]
     if C.shape != (d, d) or C.dtype is not torch.float32:
@@ -37,9 +41,14 @@ def gram_(C: torch.Tensor, X: torch.Tensor, impl: str = "auto") -> None:
         raise InputError(
             f"gram_: C has strides {C.stride()}; expected rows that do not overlap, contiguous in the last dimension"
         )
+    if weight is not None:
+        if weight.shape != X.shape[:1] or weight.dtype not in (torch.float32, torch.bool) or weight.device != X.device:
+            found = f"{_name(weight)} on {weight.device}"
+            raise InputError(f"gram_: weight is {found}; expected [{len(X)}] float32 or bool on {X.device}")
+        weight = weight.float().contiguous()
     if X.numel() == 0:
         return
-    operation(C, X if d == 1 or X.stride(1) == 1 else X.contiguous(), impl=impl)
+    operation(C, X if d == 1 or X.stride(1) == 1 else X.contiguous(), weight, impl=impl)
 
 
 @torch.no_grad()
@@ -63,26 +72,29 @@ def _name(tensor: torch.Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _torch(C: torch.Tensor, X: torch.Tensor) -> None:
+def _torch(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None) -> None:
     if X.is_cuda and X.dtype is not torch.float32:
-        # fp32 sums straight from 16-bit inputs, no copy of X; exists on CUDA only, untested where this was written
-        torch.addmm(C, X.T, X, out_dtype=torch.float32, out=C)
+        # fp32 sums straight from 16-bit inputs; exists on CUDA only, untested where this was written
+        right = X if weight is None else torch.mul(X, weight[:, None], out=torch.empty_like(X))
+        torch.addmm(C, X.T, right, out_dtype=torch.float32, out=C)
         return
-    for rows in X.split(4096):  # bounds the fp32 copy of 16-bit keys
-        keys = rows.float()
-        for start in range(0, keys.shape[1], _BLOCK):
-            end = start + _BLOCK
-            C[start:end, :end].addmm_(keys[:, start:end].T, keys[:, :end])
+    for start in range(0, len(X), _ROWS):  # bounds the fp32 copy of 16-bit keys
+        rows = slice(start, start + _ROWS)
+        keys = X[rows].float()
+        right = keys if weight is None else keys * weight[rows, None]
+        for block in range(0, keys.shape[1], _BLOCK):
+            end = block + _BLOCK
+            C[block:end, :end].addmm_(keys[:, block:end].T, right[:, :end])
 
 
-def _triton(C: torch.Tensor, X: torch.Tensor) -> None:
-    from .kernel import gram_lower_  # here, so that the room imports where Triton is missing
+def _triton(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None) -> None:
+    from . import kernel  # here, so that the room imports where Triton is missing
 
-    gram_lower_(C, X)
+    kernel.gram_lower_(C, X, weight)
 
 
 operation = Operation(
     "gram_",
-    triton=Implementation(_triton, lambda C, X: refuse_triton(X)),
-    torch=Implementation(_torch, lambda C, X: None),
+    triton=Implementation(_triton, TRITON),
+    torch=Implementation(_torch, TORCH),
 )

@@ -3,6 +3,6 @@
 import torch
 
 
-def gram(C: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
-    """``C + XᵀX``, whole and symmetric: ``C: [d, d]``, ``X: [T, d]``, one dtype for both (float64 as an oracle)."""
-    return C + X.T @ X
+def gram(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """``C + Xᵀ diag(weight) X``, whole and symmetric: ``C: [d, d]``, ``X: [T, d]``, ``weight: [T]``, one dtype."""
+    return C + X.T @ (X if weight is None else X * weight[:, None])

@@ -1,26 +1,30 @@
 """What the tests of kernels share."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
-
-from rewire.kernels.gram import reference
 
 
 @pytest.fixture
-def assert_gram() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
-    """The rule of the house: error against float64 at most twice that of plain torch in the same dtype, plus 1e-6."""
+def mutate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], ModuleType]:
+    """mutate(folder, old, new): inside the test `rewire.kernels.<folder>.kernel` has `new` for its only `old`."""
 
-    def check(got: torch.Tensor, C: torch.Tensor, X: torch.Tensor) -> None:
-        exact = reference.gram(C.double(), X.double()).tril()
-        plain = reference.gram(C, X.float()).tril()  # fp32 is what 16-bit keys are accumulated in
-        top = exact.abs().max().clamp_min(1e-30)
+    def mutate(folder: str, old: str, new: str) -> ModuleType:
+        name = f"rewire.kernels.{folder}.kernel"
+        original = importlib.import_module(name)
+        source = Path(original.__file__).read_text()
+        assert source.count(old) == 1, f"the mutant no longer fits the kernel: {source.count(old)} times {old!r}"
+        path = tmp_path / "mutant.py"  # Triton reads a kernel's source from its file
+        path.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location(name, path)
+        mutant = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, mutant)
+        monkeypatch.setattr(sys.modules[f"rewire.kernels.{folder}"], "kernel", mutant)
+        spec.loader.exec_module(mutant)
+        return mutant
 
-        def error(y: torch.Tensor) -> float:
-            return float((y.double() - exact).abs().max() / top)
-
-        assert got.tril().isfinite().all(), "an element of the lower triangle is not finite"
-        assert error(got.tril()) <= 2 * error(plain) + 1e-6
-
-    return check
+    return mutate

@@ -1,0 +1,160 @@
+"""The null space of C, and AlphaEdit's update in it, in the number of keys instead of the number of dimensions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .dense import relative_norm
+from .factor import checked_scale, refuse_nonfinite
+from .info import TOLERANCE, SolveError, SolveInfo
+from .woodbury import combinations
+
+
+@dataclass(frozen=True, eq=False)
+class NullSpace:
+    """The orthogonal projection P onto the directions that C hardly uses, as a basis and never as [d, d].
+
+    basis: [d, r] fp64, orthonormal columns: of the null space or of its complement, whichever is smaller
+    complement: P = I - basis basisᵀ instead of basis basisᵀ
+    rank: of P
+    below, above: the eigenvalues of C on both sides of the threshold; a threshold between far ones is a safe one
+    """
+
+    basis: Tensor
+    complement: bool
+    rank: int
+    below: float
+    above: float
+
+    def project(self, X: Tensor) -> Tensor:
+        """P applied to the rows of ``X: [n, d]``: [n, d] fp64."""
+        X = X.double()
+        part = (X @ self.basis) @ self.basis.T
+        return X - part if self.complement else part
+
+    def dense(self) -> Tensor:
+        """P: [d, d] fp64."""
+        return self.project(torch.eye(len(self.basis), dtype=torch.float64, device=self.basis.device))
+
+
+@torch.no_grad()
+def null_space(C: Tensor, threshold: float) -> NullSpace:
+    """Eigenvectors of C with an eigenvalue below ``threshold``.
+
+    C: [d, d] fp32 or fp64, symmetric, the mean of k kᵀ (a threshold is absolute, as published)
+
+    Raises InputError: C is not symmetric or not finite; the threshold leaves nothing of C on one of its sides.
+    Source: AlphaEdit (Fang et al. 2025, arXiv 2410.02355), eq. 7: P = U Uᵀ.
+    """
+    checked_scale(C)
+    values, vectors = torch.linalg.eigh(C.double())
+    rank = int((values < threshold).sum())
+    if not 0 < rank < len(values):
+        raise InputError(
+            f"null_space: {rank} of {len(values)} eigenvalues are below the threshold {threshold:g} "
+            f"(nullspace_threshold); they go from {float(values[0]):.1e} to {float(values[-1]):.1e}: choose one between"
+        )
+    complement = 2 * rank > len(values)
+    kept = vectors[:, rank:] if complement else vectors[:, :rank]
+    return NullSpace(kept.contiguous(), complement, rank, float(values[rank - 1]), float(values[rank]))
+
+
+@dataclass(frozen=True, eq=False)
+class KeySystem:
+    """XXᵀ + ridge I of all keys so far, and its Cholesky factor, which grows by a block with every batch.
+
+    X: [N, d] fp64, projected keys, one a row
+    L: [N, N] fp64, lower
+    """
+
+    X: Tensor
+    L: Tensor
+    ridge: float
+
+    @classmethod
+    def empty(cls, d: int, ridge: float, device: torch.device | str = "cpu") -> "KeySystem":
+        """No keys yet. ridge > 0: AlphaEdit's L2."""
+        if not ridge > 0:
+            raise InputError(f"the ridge (L2) is {ridge}; expected a positive number")
+        empty = torch.zeros(0, d, dtype=torch.float64, device=device)
+        return cls(empty, empty @ empty.T, float(ridge))
+
+    def append(self, X: Tensor) -> "KeySystem":
+        """With the projected keys ``X: [n, d] fp64`` behind those so far. Raises SolveError where it breaks down."""
+        corner = X @ X.T
+        corner.diagonal().add_(self.ridge)
+        return KeySystem(torch.cat([self.X, X]), append_cholesky(self.L, X @ self.X.T, corner), self.ridge)
+
+
+@torch.no_grad()
+def append_cholesky(L: Tensor, cross: Tensor, corner: Tensor) -> Tensor:
+    """The factor of [[A, crossᵀ], [cross, corner]] from L, that of A: N² n instead of (N + n)³ / 3.
+
+    L: [N, N] fp64, lower; cross: [n, N] fp64; corner: [n, n] fp64, symmetric; N = 0 starts one
+
+    Raises SolveError: the whole is not positive definite.
+    Source: Golub and Van Loan, Matrix Computations, 4.2.9 (block Cholesky).
+    """
+    N, n = len(L), len(corner)
+    grown = torch.zeros(N + n, N + n, dtype=L.dtype, device=L.device)
+    side = torch.linalg.solve_triangular(L, cross.T, upper=False).T
+    block, status = torch.linalg.cholesky_ex(corner - side @ side.T)
+    broke = int(status)
+    if broke:
+        what = f"the system that keys are added to is not positive definite (Cholesky broke down at row {N + broke})"
+        raise SolveError(what, torch.nan, 1 / ((N + n) * torch.finfo(L.dtype).eps))
+    grown[:N, :N], grown[N:, :N], grown[N:, N:] = L, side, block
+    return grown
+
+
+@torch.no_grad()
+def push_through(
+    space: NullSpace, K: Tensor, before: KeySystem, *, full: bool = False, tolerance: float = TOLERANCE
+) -> tuple[Tensor, KeySystem, SolveInfo]:
+    """Solve (P (Kᵀ K + K_pᵀ K_p) + ridge I) X = P Kᵀ without a d by d system.
+
+    space: P; K: [n, d] any floating dtype, new keys, one a row
+    before: the earlier keys K_p, projected, their factor, and the ridge (AlphaEdit's L2)
+    full: measure the residual of every column; else of 8 random combinations of them
+
+    Returns ``Xᵀ: [n, d]`` fp64, the system with the new keys in it (hand it in as ``before`` for the next batch; drop
+    it if this one is not kept), and the SolveInfo. With all keys projected, ``X_all = P [K_p, K]ᵀ``, the columns of
+    ``X_all (X_allᵀ X_all + ridge I)⁻¹`` that belong to the new keys are the solution, exactly.
+
+    Raises InputError: shapes or devices do not fit, NaN or infinity in K.
+    Raises SolveError (an InputError): the residual misses the tolerance.
+
+    Source: AlphaEdit (arXiv 2410.02355), eq. 13, by the push-through identity (I + A B)⁻¹ A = A (I + B A)⁻¹.
+    """
+    d = before.X.shape[1]
+    if K.ndim != 2 or K.shape[1] != d or len(space.basis) != d or not K.is_floating_point():
+        raise InputError(
+            f"push_through: K is {list(K.shape)} {K.dtype}, P of width {len(space.basis)}; expected [n, {d}], floating"
+        )
+    if not K.device == before.X.device == space.basis.device:
+        raise InputError(
+            f"push_through: K is on {K.device}, P on {space.basis.device}, earlier keys on {before.X.device}"
+        )
+    refuse_nonfinite(K, "K")
+    X = space.project(K)
+    system = before.append(X)
+    L, n = system.L, len(K)
+    # the right-hand sides are the last n unit vectors: their forward solution ends in the inverse of the last block
+    last = torch.linalg.solve_triangular(L[-n:, -n:], torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
+    T = torch.linalg.solve_triangular(L.mT, torch.cat([L.new_zeros(len(L) - n, n), last]), upper=True)
+    Xt = T.T @ system.X
+    B, S = X, Xt
+    if not full:
+        mix = combinations(K).T
+        B, S = mix @ B, mix @ S
+    R = B - before.ridge * S - (S @ system.X.T) @ system.X  # rows; P's part is the identity on projected keys
+    residual = relative_norm(R, B)
+    pivots = L.diagonal()
+    condition = float((pivots.max() / pivots.min()) ** 2) if len(L) else 1.0
+    if not residual <= tolerance:
+        raise SolveError(
+            f"the push-through form: relative residual {residual:.1e}, above {tolerance:.0e}", residual, condition
+        )
+    return Xt, system, SolveInfo(residual, condition, "float64", 0, "push-through", "full" if full else "sampled")

@@ -1,0 +1,126 @@
+"""Closed forms in the number of keys: MEMIT's system on a kept factor of C, and the recursive least squares step."""
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..gram import mirror_
+from .dense import product, relative_norm, spd_solve
+from .factor import Factor, refuse_nonfinite
+from .info import SAMPLES, TOLERANCE, SolveError, SolveInfo
+
+_STEPS = 3  # of refinement; an accurate factor needs none
+
+
+@torch.no_grad()
+def woodbury(
+    factor: Factor, C: Tensor, K: Tensor, weight: Tensor | float, *, full: bool = False, tolerance: float = TOLERANCE
+) -> tuple[Tensor, SolveInfo]:
+    """Solve (weight C + Kᵀ K) X = Kᵀ on a kept factor of C, for one weight or a grid of them.
+
+    factor: of C, ``factorize(C)``; C: [..., d, d] fp32 or fp64, for the residual; leading dimensions are layers
+    K: [..., n, d] any floating dtype, keys, one a row
+    weight: lambda > 0: a number, or [g] fp64: a grid, solved for together
+    full: measure the residual of every column; else of 8 random combinations of them (and of every column where those
+        miss the tolerance), which costs 8 / n as much
+
+    Returns ``Xᵀ: [..., n, d]``, with a grid ``[g, ..., n, d]``, fp64, and the SolveInfo (the worst). With
+    ``Y = C⁻¹ Kᵀ``: ``X = Y (weight I + K Y)⁻¹``: two triangular solves with n right-hand sides instead of a
+    factorisation; cheaper than that where n < d / 4.
+
+    Raises InputError: shapes or devices do not fit, weight is not positive, NaN or infinity in K.
+    Raises SolveError (an InputError): the residual misses the tolerance after refinement; the dense system
+    (`spd_solve`) may still do better.
+
+    Source: Woodbury 1950; Hager, Updating the inverse of a matrix, SIAM Review 31 (1989).
+    """
+    d = C.shape[-1]
+    if C.shape != factor.L.shape or K.ndim < 2 or K.shape[-1] != d or K.shape[:-2] != C.shape[:-2]:
+        raise InputError(
+            f"woodbury: C is {list(C.shape)}, its factor {list(factor.L.shape)}, K {list(K.shape)}; "
+            "expected [..., d, d], the same, and [..., n, d]"
+        )
+    if K.device != factor.L.device or not K.is_floating_point():
+        raise InputError(f"woodbury: K is {K.dtype} on {K.device}; expected floating, on {factor.L.device}")
+    weights = torch.as_tensor(weight, dtype=torch.float64, device=K.device)
+    if weights.ndim > 1 or not bool((weights > 0).all()):
+        raise InputError(f"woodbury: weight is {weight}; expected a positive number, or [g] of them")
+    refuse_nonfinite(K, "K")
+    K = K.double()
+    V = factor.half_solve(K.mT)
+    Y = factor.other_half(V)
+    gram = (V.mT @ V).double()  # K C⁻¹ Kᵀ
+    lambdas = weights.reshape(-1, *[1] * C.ndim)
+    identity = torch.eye(K.shape[-2], dtype=torch.float64, device=K.device)
+    inner = gram + lambdas * identity  # [g, ..., n, n]
+    Xt, inside = spd_solve(inner, Y.mT.expand(len(lambdas), *Y.mT.shape))
+    steps = 0
+    residual, R = _residual(C, K, Xt, lambdas, full)
+    if not residual <= tolerance and not full:
+        full = True
+        residual, R = _residual(C, K, Xt, lambdas, full)
+    while not residual <= tolerance and residual < torch.inf and steps < _STEPS:
+        # (λC + KᵀK)⁻¹ R = (C⁻¹ R - Y (λI + K Y)⁻¹ Yᵀ R) / λ
+        step = factor.solve(R)
+        step = (step - (Xt.mT @ (K @ step))) / lambdas
+        trial = Xt + step.mT
+        after, rest = _residual(C, K, trial, lambdas, full)
+        if not after < residual:
+            break
+        Xt, residual, R, steps = trial, after, rest, steps + 1
+    condition = max(factor.condition, inside.condition)
+    if not residual <= tolerance:
+        raise SolveError(
+            f"Woodbury's form: relative residual {residual:.1e}, above {tolerance:.0e}", residual, condition
+        )
+    checked = "full" if full else "sampled"
+    info = SolveInfo(residual, condition, factor.dtype, steps, "woodbury", checked)
+    return (Xt if weights.ndim else Xt[0]), info
+
+
+def _residual(C: Tensor, K: Tensor, Xt: Tensor, lambdas: Tensor, full: bool) -> tuple[float, Tensor]:
+    """(‖B - A X‖ / ‖B‖ of the worst system, B - A X) with B = Kᵀ, or of random combinations of its columns."""
+    B, X = K.mT, Xt.mT
+    if not full:
+        mix = combinations(K)
+        B, X = B @ mix, X @ mix
+    R = B - lambdas * product(C, X) - K.mT @ (K @ X)
+    return relative_norm(R, B.expand_as(R)), R
+
+
+def combinations(K: Tensor) -> Tensor:
+    """[n, 8] fp64 on K's device: which columns of the solution are looked at together; the same at every call."""
+    generator = torch.Generator().manual_seed(K.shape[-2])
+    return torch.randn(K.shape[-2], SAMPLES, generator=generator, dtype=torch.float64).to(K.device)
+
+
+@torch.no_grad()
+def rls_step_(Q: Tensor, K: Tensor) -> tuple[Tensor, SolveInfo]:
+    """One step of recursive least squares with n new keys: Q becomes ``(Q⁻¹ + Kᵀ K)⁻¹``, in place.
+
+    Q: [d, d] fp64 or fp32, symmetric positive definite: the inverse of what was seen so far, at first I / lambda
+    K: [n, d] any floating dtype, keys, one a row
+
+    Returns the gain ``Q Kᵀ`` with the new Q, transposed, ``[n, d]`` in Q's dtype, and the SolveInfo of its n by n
+    system. Q stays exactly symmetric. An inverse in fp32 drifts: refresh it now and then.
+
+    Raises InputError: shapes, dtypes or devices do not fit, NaN or infinity in K.
+    Source: Woodbury 1950; Haykin, Adaptive Filter Theory, ch. 10, for n keys at once.
+    """
+    if Q.ndim != 2 or Q.shape[0] != Q.shape[1] or Q.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"rls_step_: Q is {list(Q.shape)} {Q.dtype}; expected [d, d] in float32 or float64")
+    if K.ndim != 2 or K.shape[1] != len(Q) or not K.is_floating_point() or K.device != Q.device:
+        raise InputError(
+            f"rls_step_: K is {list(K.shape)} {K.dtype} on {K.device}; expected [n, {len(Q)}], floating, on {Q.device}"
+        )
+    refuse_nonfinite(K, "K")
+    K = K.to(Q.dtype)
+    U = K @ Q
+    inner = U @ K.T
+    inner = (inner + inner.T) / 2
+    inner.diagonal().add_(1)
+    gain, info = spd_solve(inner, U)
+    gain = gain.to(Q.dtype)
+    Q.addmm_(U.T, gain, alpha=-1)
+    mirror_(Q)
+    return gain, info
