@@ -25,6 +25,7 @@ ModelName = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or checkpoint (as stored).")]
+Impl = Annotated[str, typer.Option(help="What serves the kernels: auto, torch or triton.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampled context templates.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N records only.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Facts optimised at once; default: by free memory.")]

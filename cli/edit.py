@@ -15,7 +15,7 @@ def edit(
         Path, typer.Argument(metavar="FACTS", help="Facts: .jsonl, .csv, or a published data set (.json).")
     ],
     out: Annotated[Path, typer.Option(help="New folder for delta.safetensors, report.json and ledger.jsonl.")],
-    method: Annotated[str, typer.Option(help="Editing method.")] = "memit",
+    method: Annotated[str, typer.Option(help="Editing method: memit or alphaedit.")] = "memit",
     preset: common.Preset = None,
     settings: common.Settings = None,
     stats: common.Stats = None,
@@ -32,6 +32,7 @@ def edit(
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
+    impl: common.Impl = "auto",
     json: common.Json = False,
 ) -> None:
     """Edit the facts into the model; what changed is written beside it, the model itself stays as it is.
@@ -71,6 +72,7 @@ def edit(
             contexts=templates,
             seed=seed,
             batch_size=batch_size,
+            impl=impl,
             listener=listener,
         )
         done = session.edit(wanted, evaluate, skipped)
@@ -85,6 +87,7 @@ def edit(
                 "before": report["before"],
                 "after": report["after"],
                 "skipped": report["skipped"],
+                "implementations": report["implementations"],
             }
         )
         return

@@ -1,6 +1,7 @@
 """Updates of weights: kept as factors, written beside the model as `delta.safetensors`, applied in order."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.errors import InputError
+from ..kernels.requantize_add import full_precision, requantize_add, share_lost
 from .model import Model
 
 FORMAT = "rewire-delta-1"
@@ -35,12 +37,8 @@ class Factors:
         """[d_out, d_in] float32."""
         if self.right is None:
             return self.left
-        asked = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # what is written is what was solved, whatever the caller prefers
-        try:
+        with full_precision():
             return self.left @ self.right
-        finally:
-            torch.set_float32_matmul_precision(asked)
 
     def compact(self) -> "Factors":
         """Dense once the factors would hold more numbers than the product."""
@@ -84,15 +82,14 @@ class EditedWeights:
             self._check_untouched(name)
             self.originals.setdefault(name, parameter.detach().clone())
             before.setdefault(name, self.sums.get(name))
-            base = before[name]
-            change = oriented(self._module(name), factors.dense()).to(parameter.device)
-            total = (self.originals[name].float() if base is None else base) + change
-            old = self._cast(name, base)
+            weight, total, lost = self._add(name, before[name], factors)
+            if not math.isfinite(lost):
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                raise InputError(f"{name}: with its update it holds NaN or infinity in {dtype}; nothing was changed")
             with torch.no_grad():
-                parameter.copy_(total)
+                parameter.copy_(weight)
             self.sums[name], update[name] = total, factors
-            written = parameter.detach().float() - old.float()
-            return float((written - change).norm() / change.norm().clamp_min(torch.finfo(torch.float32).tiny))
+            return lost
 
         try:
             yield put
@@ -111,17 +108,33 @@ class EditedWeights:
             total: Tensor | None = None
             for update in self.updates:
                 if name in update:
-                    change = oriented(self._module(name), update[name].dense()).to(self.originals[name].device)
-                    total = (self.originals[name].float() if total is None else total) + change
+                    total = self._add(name, total, update[name])[1]
             self._restore(name, total)
 
     def lost_to_rounding(self) -> dict[str, float]:
         """Weight name -> relative Frobenius norm of what the weight's dtype lost of all updates together."""
         lost = {}
         for name, total in self.sums.items():
-            asked = (total - self.originals[name].float()).norm().clamp_min(torch.finfo(torch.float32).tiny)
-            lost[name] = float((self._parameter(name).detach().float() - total).norm() / asked)
+            missed = self._parameter(name).detach().float() - total
+            lost[name] = share_lost(float(missed.norm()), float((total - self.originals[name].float()).norm()))
         return lost
+
+    def _add(self, name: str, base: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor, float]:
+        """The weight after one more update, its float32 sum, in the weight's own layout, and the share that is lost.
+
+        base: the sum so far; None: of the original alone
+        """
+        module, original = self._module(name), self.originals[name]
+        left, right = factors.left.to(original.device), factors.right
+        weight, total, lost = requantize_add(
+            oriented(module, self._cast(name, base)),
+            left,
+            None if right is None else right.to(original.device),
+            None if base is None else oriented(module, base),
+            keep_total=True,
+        )
+        assert total is not None
+        return oriented(module, weight), oriented(module, total), lost
 
     def _check_untouched(self, name: str) -> None:
         """What somebody else wrote meanwhile (another session, a training step) is not overwritten."""
@@ -154,7 +167,7 @@ def readable(path: Path) -> None:
 
 
 def oriented(module: nn.Module, change: Tensor) -> Tensor:
-    """A [d_out, d_in] change in the layout of the module's weight: `Conv1D` stores [d_in, d_out]."""
+    """A [d_out, d_in] change in the layout of the module's weight, and back: `Conv1D` stores [d_in, d_out]."""
     return change.T if isinstance(module, Conv1D) else change
 
 

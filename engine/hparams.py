@@ -22,7 +22,7 @@ log = logging.getLogger("rewire")
 # keys of the published formats that have no meaning here
 UNUSED = {
     *("alg_name", "model_name", "stats_dir", "device", "layer_selection", "fp16", "model_parallel", "batch_size"),
-    *("max_length", "mom2_adjustment", "mom2_dtype", "evaluation_type"),
+    *("max_length", "mom2_adjustment", "mom2_dtype", "evaluation_type", "P_loc"),
     *("mlp_module_tmp", "attn_module_tmp", "layer_module_tmp", "ln_f_module", "lm_head_module"),
 }
 # keys of a preset file that are about the file: where its values come from, other names of the model

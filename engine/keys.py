@@ -20,9 +20,9 @@ def key_weights(generated: int) -> Tensor:
 def measure_keys(model: Model, rows: Sequence[Sequence[Row]], layer: int) -> Tensor:
     """K: [n, d_in] float32, one key a fact at `layer`, of its plain row and its context rows, weights as they are."""
     flat = [row for group in rows for row in group]
-    found = read_at(model, flat, inputs=[layer])["in", layer]
-    weights = key_weights(len(rows[0]) - 1).to(found.device)
-    return torch.einsum("ncd,c->nd", found.view(len(rows), len(rows[0]), -1), weights)
+    fact = torch.tensor([number for number, group in enumerate(rows) for _ in group])
+    share = torch.cat([key_weights(len(group) - 1) for group in rows])
+    return read_at(model, flat, inputs=[layer], group=fact, weight=share)["in", layer]
 
 
 def measure_hidden(model: Model, plain: Sequence[Row], layer: int) -> Tensor:

@@ -65,6 +65,13 @@ class Model:
     def head(self) -> nn.Module:
         return self.hf.get_submodule(self.anatomy.head)
 
+    def head_parts(self) -> tuple[Tensor, Tensor | None, float | None]:
+        """The head's weight [vocab, d_model], its bias and the soft cap, where it has them."""
+        head = self.head
+        if not isinstance(head, nn.Linear):
+            raise InputError(f"the head is a {type(head).__name__}, expected Linear: this family cannot be edited yet")
+        return head.weight, head.bias, self.anatomy.softcap
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, d_model] after the final norm -> [rows, vocab] float32 logits, soft-capped where the family does."""
         logits = self.head(hidden).float()

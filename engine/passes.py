@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from ..kernels.gather_mean import gather_mean_
 from ..stats.collect import batches
 from .model import Model
 from .prompts import CONTEXT_TOKENS, CONTEXT_TOP_K, SEED_WORDS, Row, clean_context, pad, prompt_ids
@@ -106,14 +107,18 @@ def read_at(
     inputs: Sequence[int] = (),
     outputs: Sequence[int] = (),
     projected: Sequence[int] = (),
+    group: Tensor | None = None,
+    weight: Tensor | None = None,
     batch_tokens: int | None = None,
 ) -> dict[tuple[str, int], Tensor]:
-    """What the model holds at each row's position, as float32.
+    """What the model holds at each row's position, or its weighted sums over groups of rows, as float32.
 
     rows: each with a position
-    inputs: layers whose projection's input is wanted -> result["in", layer]: [rows, d_in]
-    projected: layers whose projection's output is wanted -> result["proj", layer]: [rows, d_model]
-    outputs: layers whose block's output is wanted -> result["out", layer]: [rows, d_model]
+    inputs: layers whose projection's input is wanted -> result["in", layer]: [n, d_in]
+    projected: layers whose projection's output is wanted -> result["proj", layer]: [n, d_model]
+    outputs: layers whose block's output is wanted -> result["out", layer]: [n, d_model]
+    group: [rows] int64 on the CPU, the row of the results that each row is added to; None: its own, n = rows
+    weight: [rows] float32 on the CPU, of each row in its sum; None: 1
     """
     wanted = {("in", layer): model.projection(layer) for layer in inputs}
     wanted |= {("proj", layer): model.projection(layer) for layer in projected}
@@ -121,15 +126,17 @@ def read_at(
     # in the order in which a forward reaches them
     rank = {"in": 0, "proj": 1, "out": 2}
     last = max(wanted, key=lambda key: (key[1], rank[key[0]]))
+    position = torch.tensor([row.position for row in rows])
+    target = torch.arange(len(rows)) if group is None else group
     result: dict[tuple[str, int], Tensor] = {}
-    at: Tensor
     chosen: Tensor
 
     def keep(key: tuple[str, int], tensor: Tensor) -> None:
-        tensor = tensor[torch.arange(len(tensor), device=tensor.device), at.to(tensor.device)].float()
+        place = tensor.device
         if key not in result:
-            result[key] = tensor.new_empty(len(rows), tensor.shape[1])
-        result[key][chosen.to(tensor.device)] = tensor
+            result[key] = torch.zeros(int(target.max()) + 1, tensor.shape[2], dtype=torch.float32, device=place)
+        share = None if weight is None else weight[chosen].to(place)
+        gather_mean_(result[key], tensor, position[chosen].to(place), target[chosen].to(place), share)
         if key == last:
             raise _Stop
 
@@ -146,7 +153,6 @@ def read_at(
     with frozen(model), hooks(*handles):
         for batch in batches([len(row.ids) for row in rows], budget):
             chosen = torch.tensor(batch)
-            at = torch.tensor([rows[i].position for i in batch])
             _forward(model, pad([rows[i] for i in batch], model.device))
     return result
 

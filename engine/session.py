@@ -6,7 +6,8 @@ import os
 import platform
 import subprocess
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import __version__
+from ..kernels.dispatch import recording, using
 from ..kernels.errors import InputError
 from ..stats import moments_for, read_corpus
 from .delta import Delta, EditedWeights
@@ -24,7 +26,7 @@ from .evaluation import evaluate
 from .facts import Fact, InvalidFact, digest, to_record
 from .hparams import load_hparams
 from .model import DEMO, Model, demo_file
-from .passes import continuations, forward_bytes, sample_contexts, stream_inputs, tokens_that_fit
+from .passes import continuations, forward_bytes, free_bytes, sample_contexts, stream_inputs, tokens_that_fit
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
 
@@ -35,6 +37,7 @@ ABOUT = (
     *("id", "method", "preset", "hparams", "contexts", "seed", "statistics", "dtype"),
     *("facts_digest", "fact_count", "versions"),
 )
+KEEP = 4  # float64 copies of C that must be free for one more to be kept
 SAID_TOKENS = 6  # how much the report quotes of what the model says
 
 
@@ -50,13 +53,14 @@ class Edit:
 class EditSession:
     """Edits one model, in order.
 
-    method: "memit"
+    method: "memit" or "alphaedit"
     preset: a YAML file or the name of a shipped preset; None: found by the model's name
     hparams: single hyper-parameters that replace the preset's
     stats: a folder of second moments; None: the cache, else collected on the fly
     corpus: what to collect them over: a text, JSONL or JSON file, or a `datasets` id; None: the demo's text
     contexts: generated context templates, each ending in `{}`; None: sampled from the model once, with `seed`
     batch_size: facts whose values are optimised at once; None: from the free memory
+    impl: "auto", "torch" or "triton": what serves the operations of `rewire.kernels`; the report names what did
     listener: called with (phase, done, total) while an edit runs
 
     Raises `InputError` for an unknown method or hyper-parameter, and for a preset that does not fit the model.
@@ -74,6 +78,7 @@ class EditSession:
         contexts: Sequence[str] | None = None,
         seed: int = 0,
         batch_size: int | None = None,
+        impl: str = "auto",
         listener: Listener = silent,
     ) -> None:
         self.model = model
@@ -84,6 +89,9 @@ class EditSession:
         self.contexts = None if contexts is None else check_contexts(contexts, "contexts")
         self.seed = seed
         self.batch_size = batch_size
+        self.impl = impl
+        with using(impl):  # an unknown one is refused now
+            pass
         self.listener = listener
         self.fingerprint = model.fingerprint  # of what this session starts from
         self.edits: list[Edit] = []
@@ -91,6 +99,8 @@ class EditSession:
         self._stats = stats
         self._corpus = corpus
         self._moments: dict[int, Tensor] = {}
+        self._derived: dict[tuple[int, str], Any] = {}
+        self._states: list[Any] = []  # what the method left after each edit
         self._statistics: dict[str, dict[str, Any]] = {}
 
     def edit(self, facts: Sequence[Fact], evaluate: bool = True, skipped: Sequence[InvalidFact] = ()) -> Edit:
@@ -105,6 +115,15 @@ class EditSession:
             raise InputError("edit takes a list of rewire.Fact; rewire.read_facts(path) makes one")
         facts = tuple(facts)
         _warn_of_contradictions(facts)
+        with using(self.impl), recording() as served:
+            edit, state = self._edit(facts, evaluate, skipped, served)
+        self.edits.append(edit)
+        self._states.append(state)
+        return edit
+
+    def _edit(
+        self, facts: tuple[Fact, ...], evaluate: bool, skipped: Sequence[InvalidFact], served: Counter[tuple[str, str]]
+    ) -> tuple[Edit, Any]:
         phases = Phases(self.listener)
         with phases("contexts"):
             if self.contexts is None:
@@ -116,8 +135,10 @@ class EditSession:
                 self.contexts,
                 self.hparams,
                 lambda layers: self._second_moments(layers, phases),
+                self._derive,
                 put,
                 phases,
+                self._states[-1] if self._states else None,
                 self.batch_size,
             )
             self.method.check(job)  # what can be refused is refused before the long work
@@ -126,6 +147,7 @@ class EditSession:
             after = self._look(facts, phases, "evaluate_after") if evaluate else None
             report = {
                 **self._describe(facts),
+                "implementations": implementations(served),
                 "seconds": {name: round(seconds, 4) for name, seconds in phases.seconds.items()},
                 "before": before and before["metrics"],
                 "after": after and after["metrics"],
@@ -138,9 +160,7 @@ class EditSession:
                 ],
                 "skipped": [asdict(record) for record in skipped],
             }
-            edit = Edit(report["id"], facts, report)
-        self.edits.append(edit)
-        return edit
+        return Edit(report["id"], facts, report), outcome.state
 
     def undo(self, identity: str) -> None:
         """Takes the last edit back: the weights are bit for bit what they were before it."""
@@ -151,6 +171,7 @@ class EditSession:
             raise InputError(f"edit {identity!r} is not the last one ({names[-1]!r} is): undo that first")
         self.weights.undo_last()
         self.edits.pop()
+        self._states.pop()
 
     @property
     def delta(self) -> Delta:
@@ -218,6 +239,16 @@ class EditSession:
                 self._statistics[name] = {"source": moment.source, "tokens": moment.count, "corpus": over}
         return {layer: self._moments[layer] for layer in layers}
 
+    def _derive(self, layer: int, name: str, make: Callable[[Tensor], Any]) -> Any:
+        """What is made of a layer's C on the model's device; kept for the next edit while memory is plentiful."""
+        if (layer, name) in self._derived:
+            return self._derived[layer, name]
+        C = self._moments[layer].to(self.model.device)
+        made = make(C)
+        if free_bytes(self.model.device) > KEEP * 8 * C.numel():
+            self._derived[layer, name] = made
+        return made
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         coded = self.model.tokenizer(texts, return_token_type_ids=False, return_attention_mask=False)
         rows: list[list[int]] = coded["input_ids"]
@@ -242,6 +273,14 @@ class EditSession:
             "statistics": dict(self._statistics),
             "versions": versions(),
         }
+
+
+def implementations(served: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Operation -> implementation -> calls."""
+    found: dict[str, dict[str, int]] = {}
+    for (operation, implementation), calls in sorted(served.items()):
+        found.setdefault(operation, {})[implementation] = calls
+    return found
 
 
 def _warn_of_contradictions(facts: Sequence[Fact]) -> None:

@@ -1,26 +1,65 @@
 """Which system a method solves. Factorisations are in `kernels.spd_solve`."""
 
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from ..kernels.spd_solve import SolveInfo, spd_solve
+from ..kernels.spd_solve import (
+    Factor,
+    KeySystem,
+    NullSpace,
+    SolveError,
+    SolveInfo,
+    factorize,
+    push_through,
+    spd_solve,
+    woodbury,
+)
 from .delta import Factors
+
+log = logging.getLogger(__name__)
 
 GAIN_FLOOR = 1e-4  # of the mean squared gain: coordinates that a norm mutes are not chased
 
 
-def memit_update(K: Tensor, R: Tensor, C: Tensor, weight: float) -> tuple[Factors, SolveInfo]:
+def memit_update(
+    K: Tensor, R: Tensor, C: Tensor, weight: float, factor: Callable[[], Factor] | None = None
+) -> tuple[Factors, SolveInfo]:
     """MEMIT's closed form: Delta = Rᵀ Xᵀ with (weight C + Kᵀ K) X = Kᵀ (arXiv 2210.07229, eq. 14).
 
     K: [n, d_in] keys; R: [n, d_out] residuals; C: [d_in, d_in] mean of k kᵀ; weight: lambda
+    factor: gives the factor of C, on K's device; asked for where n < d_in / 4: Woodbury's form is cheaper then
     Returns (float32 factors: left [d_out, n], right [n, d_in]; how the solve went).
     Raises `SolveError` where the system cannot be solved to a relative residual of 1e-6.
     """
+    C = C.to(K.device)
+    if 4 * len(K) < len(C):
+        try:
+            Xt, info = woodbury(factor() if factor else factorize(C), C, K, weight)
+            return _factors(R, Xt), info
+        except SolveError as error:  # C alone is harder than with the keys added to it
+            log.info("solved again as one dense system: %s", error)
     K = K.double()
-    system = C.to(K.device, torch.float64, copy=True).mul_(weight)
+    system = C.to(torch.float64, copy=True).mul_(weight)
     system.addmm_(K.T, K)
     X, info = spd_solve(system, K.T)
-    return Factors(R.T.float().contiguous(), X.T.float().contiguous()), info
+    return _factors(R, X.T), info
+
+
+def alphaedit_update(K: Tensor, R: Tensor, space: NullSpace, before: KeySystem) -> tuple[Factors, KeySystem, SolveInfo]:
+    """AlphaEdit's closed form: Delta = Rᵀ Xᵀ with (P (Kᵀ K + K_pᵀ K_p) + L2 I) X = P Kᵀ (arXiv 2410.02355, eq. 13).
+
+    K: [n, d_in] keys; R: [n, d_out] residuals; space: P; before: the earlier keys K_p and L2
+    Returns (float32 factors as of `memit_update`; the system with these keys in it; how the solve went).
+    """
+    Xt, system, info = push_through(space, K, before)
+    return _factors(R, Xt), system, info
+
+
+def _factors(R: Tensor, Xt: Tensor) -> Factors:
+    return Factors(R.T.float().contiguous(), Xt.float().contiguous())
 
 
 def through_norm(norm: nn.Module, x: Tensor, R: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from ..kernels.errors import InputError
+from ..kernels.gather_mean import scatter_add
 from .model import Model
 from .passes import blocks_until, frozen, hidden_of, hooks, run_until
 
@@ -134,8 +135,8 @@ class Suffix:
 
         added: [rows, d_model]; differentiable in it.
         """
-        first = self.active[:, :1] + added[:, None].to(self.active.dtype)
-        hidden = torch.cat([first, self.active[:, 1:]], 1)
+        row = torch.arange(len(self.active), device=self.active.device)
+        hidden = scatter_add(self.active, torch.zeros_like(row), row, added.float())
         for layer, (args, kwargs) in self.calls.items():
             hidden = hidden_of(self.model.block(layer)(hidden, *args, **kwargs))
         rows, positions = read

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.errors import InputError
+from ..kernels.target_nll import target_nll
 from ..stats.collect import batches
 from .facts import Fact
 from .hparams import Hparams
@@ -64,7 +65,7 @@ class _Group:
     label: Tensor  # [m] token id
     label_weight: Tensor  # [m] 1 / (labels of its row * rewriting rows of its fact)
     kl_row: Tensor  # [k] the rows that are KL rows
-    p_first: Tensor | None = None  # [k, vocab] their log-probabilities at delta = 0
+    first: Tensor | None = None  # [k, d_model] what the head reads there at delta = 0
 
     def only(self, going: Tensor) -> "_Group":
         """Without the rows of facts that have finished; going: [facts] bool."""
@@ -82,7 +83,7 @@ class _Group:
             label=self.label[labels],
             label_weight=self.label_weight[labels],
             kl_row=place[self.kl_row[kl]],
-            p_first=None if self.p_first is None else self.p_first[kl],
+            first=None if self.first is None else self.first[kl],
         )
 
 
@@ -126,12 +127,12 @@ def optimise_values(
 
 
 def facts_that_fit(model: Model, layer: int, tokens: int, rows: int) -> int:
-    """Facts of `rows` rows of `tokens` tokens whose keys, values and first distributions stay in memory."""
+    """Facts of `rows` rows of `tokens` tokens whose keys, values and hidden states stay in memory."""
     config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or model.anatomy.d_model // config.num_attention_heads
     kept = 2 * (model.anatomy.n_layers - layer - 1) * heads * width + model.anatomy.d_model  # numbers a token
-    state = rows * tokens * kept * next(model.hf.parameters()).element_size() + 4 * model.anatomy.vocab
+    state = rows * tokens * kept * next(model.hf.parameters()).element_size()
     return max(1, min(MAX_FACTS, int(MEMORY_SHARE * free_bytes(model.device) / 2 / state)))
 
 
@@ -140,9 +141,8 @@ def group_tokens(model: Model, layer: int) -> int:
     anatomy = model.anatomy
     item = next(model.hf.parameters()).element_size()
     saved = item * (anatomy.n_layers - layer - 1) * (12 * anatomy.d_model + 4 * anatomy.d_in)
-    head = 4 * 4 * anatomy.vocab  # some float32 copies of the logits: a KL row's one token is read
     cap = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
-    return max(1, min(cap, int(MEMORY_SHARE * free_bytes(model.device) / 2 / (saved + head))))
+    return max(1, min(cap, int(MEMORY_SHARE * free_bytes(model.device) / 2 / saved)))
 
 
 def _layout(model: Model, layer: int, rewriting: Sequence[Sequence[Row]], kl: Sequence[Row]) -> list[_Group]:
@@ -233,21 +233,30 @@ def _add_loss(
 ) -> _Group:
     """Adds the group's part of each fact's nll and KL and, with `update`, of the gradient of their weighted sum.
 
-    Returns the group with `p_first`, which the first call finds.
+    Returns the group with `first`, which the first call finds.
     """
+    weight, bias, softcap = model.head_parts()
     with torch.set_grad_enabled(update):
         added = delta[group.fact].requires_grad_(update)
         read_row = torch.cat([group.label_row, group.kl_row])
         read_position = torch.cat([group.label_at, group.suffix.start[group.kl_row]])
-        logp = model.logits(group.suffix(added, (read_row, read_position))).log_softmax(-1).to(delta.device)
+        hidden = group.suffix(added, (read_row, read_position)).to(weight.device)
         labels = len(group.label)
-        of_label = -logp[:labels].gather(1, group.label[:, None])[:, 0] * group.label_weight
-        p_now = logp[labels:]
-        p_first = p_now.detach() if group.p_first is None else group.p_first
-        of_kl = (p_now.exp() * (p_now - p_first)).sum(-1)
+        first = hidden[labels:].detach().clone() if group.first is None else group.first
+        of_nll, of_kl = target_nll(
+            hidden,
+            weight,
+            group.label.to(weight.device),
+            group.fact[read_row].to(weight.device),
+            torch.cat([group.label_weight, torch.ones_like(group.kl_row, dtype=torch.float32)]).to(weight.device),
+            len(delta),
+            first=first,
+            bias=bias,
+            softcap=softcap,
+        )
         if update:
-            (found,) = torch.autograd.grad(of_label.sum() + kl_factor * of_kl.sum(), added)
+            (found,) = torch.autograd.grad(of_nll.sum() + kl_factor * of_kl.sum(), added)
             gradient.index_add_(0, group.fact, found)
-    nll.index_add_(0, group.fact[group.label_row], of_label.detach())
-    kl.index_add_(0, group.fact[group.kl_row], of_kl.detach())
-    return replace(group, p_first=p_first)
+    nll += of_nll.detach().to(nll.device)
+    kl += of_kl.detach().to(kl.device)
+    return replace(group, first=first)

@@ -23,7 +23,7 @@ ROOMS = {  # room -> rooms that it may import
 # inside engine each may import what stands left of it
 ENGINE = (
     *("phases", "facts", "anatomy", "model", "hparams", "prompts", "passes", "suffix", "datasets", "keys", "values"),
-    *("delta", "solve", "plan", "evaluation", "editors", "session", "experiment", "compat"),
+    *("delta", "beside", "solve", "plan", "evaluation", "editors", "session", "experiment", "compat"),
 )
 
 

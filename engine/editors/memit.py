@@ -1,118 +1,24 @@
 """MEMIT (Meng et al. 2023, arXiv 2210.07229): many facts at once, spread over several MLP output projections.
 
-1. Z: the value that each fact's subject should have at the z-layer (`engine.values`).
-2. For each layer, ascending, with the lower ones updated already: keys K and hidden states H are measured again, and
-   Delta = Rᵀ Xᵀ with (lambda C + Kᵀ K) X = Kᵀ and R = (Z - H) / (layers that remain).
+At each layer Delta = Rᵀ Xᵀ with (lambda C + Kᵀ K) X = Kᵀ; lambda is `mom2_update_weight`.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ...kernels.errors import InputError
+from ...kernels.spd_solve import SolveInfo, factorize
 from ..delta import Factors
 from ..hparams import Hparams
-from ..keys import measure_hidden, measure_keys
-from ..model import Model
-from ..passes import read_at
-from ..prompts import PLAIN, Row, fact_rows, subject_rows
-from ..solve import memit_update, through_norm
-from ..suffix import verify
-from ..values import optimise_values
+from ..solve import memit_update
+from . import spreading
 from .registry import Job, Method, Outcome
-
-LEAST_ASKED = 1e-4  # of |h0|: a smaller residual is rounding, and a share of it says nothing
-
-
-def check(job: Job) -> None:
-    """The model is what its anatomy says, every row is short enough, and there are second moments of it."""
-    verify(job.model, job.hparams.layers[-1])
-    fact_rows(job.model.tokenizer, job.facts, (PLAIN, *job.contexts), job.model.max_length)
-    job.moments(job.hparams.layers)
 
 
 def edit(job: Job) -> Outcome:
-    """Writes the layers provisionally through `job.put`. Raises `InputError` where anything is not a number."""
-    model, hparams = job.model, job.hparams
-    rows = subject_rows(model.tokenizer, job.facts, (PLAIN, *job.contexts), model.max_length)
-    moments = job.moments(hparams.layers)
-    with job.phases("values") as tick:
-        values = optimise_values(model, job.facts, job.contexts, hparams, job.batch_size, tick)
-    update, layers, asked, left = spread(job, rows, values.Z, moments)
-    columns = {
-        "steps": values.steps.tolist(),
-        "nll_before": values.first_nll.tolist(),
-        "nll_with_delta": values.last_nll.tolist(),
-        "loss": values.loss.tolist(),
-        "asked_residual": asked.tolist(),
-        "achieved": [
-            1 - b / a if a > LEAST_ASKED * h else None
-            for a, b, h in zip(asked.tolist(), left.tolist(), values.h0.norm(dim=1).tolist(), strict=True)
-        ],
-    }
-    facts = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return Outcome(update, facts, layers)
+    def solve(layer: int, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
+        C = job.moments([layer])[layer]
+        return memit_update(K, R, C, job.hparams.mom2_update_weight, lambda: job.derived(layer, "factor", factorize))
+
+    return spreading.edit(job, solve)
 
 
-def spread(
-    job: Job, rows: list[list[Row]], Z: Tensor, moments: dict[int, Tensor]
-) -> tuple[dict[str, Factors], list[dict[str, Any]], Tensor, Tensor]:
-    """Writes the layers so that the keys map to Z.
-
-    rows: for each fact its plain row and its context rows, cut behind the subject; Z: [n, d_model]
-    moments: layer -> C
-    Returns (update, a report for each layer, |Z - H| of each fact before, and after).
-    """
-    model, hparams = job.model, job.hparams
-    z_layer = hparams.layers[-1]
-    plain = [group[0] for group in rows]
-    update: dict[str, Factors] = {}
-    reports: list[dict[str, Any]] = []
-    asked: Tensor | None = None
-    for done, layer in enumerate(hparams.layers):
-        name = model.anatomy.weight_name(layer)
-        with job.phases("keys") as tick:
-            K = measure_keys(model, rows, layer)
-            R = Z.to(K.device) - measure_hidden(model, plain, z_layer).to(K.device)
-            tick(done + 1, len(hparams.layers))
-        if not (torch.isfinite(K).all() and torch.isfinite(R).all()):
-            raise InputError(f"{name}: its keys hold NaN or infinity; no weight was changed")
-        if asked is None:
-            asked = R.norm(dim=1)
-        with job.phases("solve") as tick:
-            part = behind_norm(model, layer, plain, R / (len(hparams.layers) - done))
-            factors, info = memit_update(K, part, moments[layer], hparams.mom2_update_weight)
-            factors = factors.compact()
-            tick(done + 1, len(hparams.layers))
-        update[name] = factors
-        weight = model.projection(layer).weight
-        assert isinstance(weight, Tensor)
-        relative_change = float(factors.dense().norm() / weight.detach().float().norm())
-        with job.phases("apply"):
-            lost = job.put(name, factors)
-        reports.append(
-            {
-                "weight": name,
-                "residual": info.residual,
-                "condition": info.condition,
-                "solved_in": info.dtype,
-                "relative_change": relative_change,
-                "lost_to_rounding": lost,
-            }
-        )
-    with job.phases("keys"):
-        H = measure_hidden(model, plain, z_layer)
-    assert asked is not None
-    return update, reports, asked, (Z.to(H.device) - H).norm(dim=1).to(asked.device)
-
-
-def behind_norm(model: Model, layer: int, plain: list[Row], R: Tensor) -> Tensor:
-    """What the projection must add so that the block adds R: R itself, unless a norm lies between (Gemma)."""
-    norm = model.post_norm(layer)
-    if norm is None:
-        return R
-    return through_norm(norm, read_at(model, plain, projected=[layer])["proj", layer].to(R.device), R)
-
-
-METHOD = Method("memit", Hparams, check, edit)
+METHOD = Method("memit", Hparams, spreading.check, edit)

@@ -22,7 +22,9 @@ class Job:
 
     contexts: generated context templates
     moments: layers -> C of each ([d_in, d_in] float32, mean of k kᵀ on the unedited model); collected when first asked
+    derived: (layer, name, make) -> make(C on the model's device): a factor, a null space; made once a session
     put: writes one weight's update provisionally and returns the share lost to rounding; kept only if the edit is whole
+    state: what the method's last edit of this session left (`Outcome.state`), None before the first
     batch_size: facts whose values are optimised at once, None: from the free memory
     """
 
@@ -31,18 +33,22 @@ class Job:
     contexts: Sequence[str]
     hparams: Any
     moments: Callable[[Sequence[int]], dict[int, Tensor]]
+    derived: Callable[[int, str, Callable[[Tensor], Any]], Any]
     put: Callable[[str, Factors], float]
     phases: Phases
+    state: Any = None
     batch_size: int | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method did: the update of each weight, and what the report says of each fact and each layer."""
+    """What a method did: the update of each weight, what the report says of each fact and each layer, and what the
+    next edit of the session builds on (`state`; undone with the edit)."""
 
     update: dict[str, Factors]
     facts: list[dict[str, Any]]
     layers: list[dict[str, Any]]
+    state: Any = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Method:
     edit: Callable[[Job], Outcome]
 
 
-_METHODS = {"memit": "memit"}  # name -> module beside this one, which has `METHOD`
+_METHODS = {"memit": "memit", "alphaedit": "alphaedit"}  # name -> module beside this one, which has `METHOD`
 
 
 def find_method(name: str) -> Method:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import rewire
 from rewire.bench.serial import serial_spread, serial_value
 from rewire.engine.delta import EditedWeights
-from rewire.engine.editors.memit import spread
 from rewire.engine.editors.registry import Job
+from rewire.engine.editors.spreading import spread
 from rewire.engine.hparams import Hparams
 from rewire.engine.passes import blocks_until, read_at
 from rewire.engine.phases import Phases
 from rewire.engine.prompts import Row, pad, subject_rows
-from rewire.engine.solve import through_norm
+from rewire.engine.solve import memit_update, through_norm
 from rewire.engine.suffix import Suffix, record_calls, verify
 from rewire.engine.values import optimise_values
 
@@ -345,8 +345,10 @@ def test_small_residuals_are_achieved_behind_a_norm(family):
     Z = H + 0.02 * H.norm(dim=1, keepdim=True) / WIDTH**0.5 * torch.randn(3, WIDTH, generator=torch.manual_seed(0))
     moments = {layer: torch.eye(INNER) for layer in hparams.layers}
     with EditedWeights(model).provisional() as put:
-        job = Job(model, FACTS, (), hparams, lambda layers: moments, put, Phases())
-        _, _, asked, left = spread(job, rows, Z, moments)
+        job = Job(model, FACTS, (), hparams, lambda layers: moments, lambda *_: None, put, Phases())
+        _, _, asked, left = spread(
+            job, rows, Z, lambda layer, K, R: memit_update(K, R, moments[layer], hparams.mom2_update_weight)
+        )
     assert torch.allclose(asked, (Z - H).norm(dim=1), rtol=1e-3)
     after = read_at(model, [group[0] for group in rows], outputs=[2])["out", 2]
     assert torch.allclose(left, (Z - after).norm(dim=1), rtol=1e-3)

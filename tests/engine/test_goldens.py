@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import rewire
-from rewire.engine.editors.memit import spread
 from rewire.engine.editors.registry import Job, find_method
+from rewire.engine.editors.spreading import spread
 from rewire.engine.hparams import load_hparams
 from rewire.engine.keys import measure_keys
 from rewire.engine.phases import Phases
 from rewire.engine.prompts import PLAIN, subject_rows
 from rewire.engine.session import EditSession
+from rewire.engine.solve import memit_update
 from rewire.engine.values import STOP_LOSS, optimise_values
 
 # facts whose z differs although their stop is no near-tie, by model (none needed so far)
@@ -61,13 +62,25 @@ def test_values(known: rewire.Model, golden: dict[str, Any]) -> None:
 def test_update_from_the_golden_values(known: rewire.Model, golden: dict[str, Any]) -> None:
     """Statistics and Z given: what is left are keys, hidden states and the solve."""
     rows = subject_rows(known.tokenizer, golden["facts"], (PLAIN, *contexts(golden)), known.max_length)
-    job = Job(known, golden["facts"], contexts(golden), hparams(known), lambda _: {}, lambda *_: 0.0, Phases())
+    job = Job(
+        known,
+        golden["facts"],
+        contexts(golden),
+        hparams(known),
+        lambda _: {},
+        lambda *_: None,
+        lambda *_: 0.0,
+        Phases(),
+    )
     moments = {}
     for layer in job.hparams.layers:
         name = known.anatomy.layer_name(layer)
         with np.load(golden["stats"] / f"{name}_float32_mom2_300.npz") as stored:
             moments[layer] = torch.from_numpy(stored["mom2.mom2"]) / int(stored["mom2.count"])
-    update = spread(job, rows, golden["tensors"]["memit.z"], moments)[0]
+    weight = job.hparams.mom2_update_weight
+    update = spread(
+        job, rows, golden["tensors"]["memit.z"], lambda layer, K, R: memit_update(K, R, moments[layer], weight)
+    )[0]
     first = known.anatomy.weight_name(job.hparams.layers[0])
     assert relative(update[first].dense(), _golden_update(golden, first)) < 1e-4
 
@@ -108,3 +121,27 @@ def _golden_update(golden: dict[str, Any], weight: str) -> torch.Tensor:
     found = next(tensors[key] for key in (f"memit.delta.{weight}", f"memit.delta.{weight[:-7]}") if key in tensors)
     assert isinstance(found, torch.Tensor)
     return found
+
+
+def test_alphaedit_in_two_batches(known: rewire.Model, golden: dict[str, Any]) -> None:
+    """The second batch has the first's keys as history and the first's update in the weights."""
+    asked = golden["alphaedit"]
+    session = EditSession(known, "alphaedit", stats=golden["stats"], contexts=contexts(golden))
+    assert (session.hparams.nullspace_threshold, session.hparams.L2) == (asked["nullspace_threshold"], asked["L2"])
+    for batch, (start, stop) in enumerate(asked["batches"]):
+        report = session.edit(golden["facts"][start:stop], evaluate=False).report
+        assert {layer["solved_by"] for layer in report["layers"]} == {"push-through"}
+        for name, factors in session.weights.updates[batch].items():
+            wanted = golden["tensors"][f"alphaedit.batch{batch}.delta.{name}"]
+            assert relative(factors.dense(), wanted) < 2e-2, (batch, name)
+    for layer in session.hparams.layers:
+        space = session._derived[layer, f"null space {asked['nullspace_threshold']}"]
+        assert relative(space.dense().float(), golden["tensors"][f"alphaedit.P.{layer}"]) < 1e-3
+    first = session.edits[0].id
+    session.undo(session.edits[1].id)
+    session.undo(first)
+    assert session._states == []
+    again = session.edit(golden["facts"][:8], evaluate=False)  # no history is left
+    for name, factors in session.weights.updates[0].items():
+        assert relative(factors.dense(), golden["tensors"][f"alphaedit.batch0.delta.{name}"]) < 2e-2
+    assert again.report["method"] == "alphaedit"

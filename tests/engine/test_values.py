@@ -1,6 +1,7 @@
 """The batched value optimisation against the serial one: same steps, same stops, same values, fact by fact."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from rewire.engine.hparams import Hparams
 from rewire.engine.model import demo_file
 from rewire.engine.passes import frozen
 from rewire.engine.values import STOP_LOSS, optimise_values
+from rewire.kernels.dispatch import interpreting, recording, using
 from rewire.kernels.errors import InputError
+from rewire.kernels.target_nll import target_nll
 
 CONTEXTS = ("The harbour is near the gate. {}", "Because the lamp was out. {}")
 
@@ -60,6 +63,51 @@ def test_the_batch_does_not_matter(demo: rewire.Model, facts: list[rewire.Fact],
     split = optimise_values(demo, facts, CONTEXTS, quick(), batch_size=size)
     assert torch.equal(together.steps, split.steps)
     assert torch.allclose(together.Z, split.Z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in its own process")
+def test_by_the_kernels(demo: rewire.Model, facts: list[rewire.Fact]) -> None:
+    few = quick(v_num_grad_steps=4)
+    with using("torch"):
+        expected = optimise_values(demo, facts[:2], CONTEXTS, few)
+    with using("triton"), recording() as served:
+        found = optimise_values(demo, facts[:2], CONTEXTS, few)
+    assert served["target_nll", "triton"] == 4
+    assert ("target_nll", "torch") not in served
+    assert torch.allclose(found.Z, expected.Z, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_as_wide_as_the_vocabulary_is_kept(
+    demo: rewire.Model, facts: list[rewire.Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the KL is measured from is kept as hidden states, and goes with its fact."""
+    seen = []
+
+    def look(*args: Any, first: torch.Tensor, **options: Any) -> Any:
+        seen.append((args[5], len(args[0]) - len(args[2]), first))
+        return target_nll(*args, first=first, **options)
+
+    monkeypatch.setattr("rewire.engine.values.target_nll", look)
+    found = optimise_values(demo, facts, CONTEXTS, quick())
+    assert all(first.shape == (kl, demo.anatomy.d_model) for _, kl, first in seen)
+    assert {facts for facts, *_ in seen} == {12}
+    assert min(kl for _, kl, _ in seen) < max(kl for _, kl, _ in seen), "no fact stopped early, or its rows stay"
+    assert len(found.steps.unique()) > 1
+
+
+def test_a_head_that_is_no_linear_is_refused(demo: rewire.Model, facts: list[rewire.Fact]) -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self, head: torch.nn.Module) -> None:
+            super().__init__()
+            self.weight = head.weight
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden @ self.weight.T / 2
+
+    demo.hf.set_output_embeddings(Scaled(demo.head))  # type: ignore[operator]
+    with pytest.raises(InputError, match="the head is a Scaled, expected Linear"):
+        optimise_values(demo, facts[:1], (), quick())
 
 
 def test_no_contexts(demo: rewire.Model, facts: list[rewire.Fact]) -> None:

@@ -1,0 +1,43 @@
+"""AlphaEdit (Fang et al. 2025, arXiv 2410.02355): MEMIT's way, with updates that stay in the null space of C.
+
+At each layer Delta = Rᵀ Xᵀ with (P (Kᵀ K + K_pᵀ K_p) + L2 I) X = P Kᵀ: P projects onto the directions in which the
+corpus has next to nothing (eigenvalues of C below `nullspace_threshold`), K_p are the keys of the session's earlier
+edits, so that those stay as they are. C itself, and lambda, do not enter.
+"""
+
+from functools import partial
+
+from pydantic import Field
+from torch import Tensor
+
+from ...kernels.spd_solve import KeySystem, SolveInfo, null_space
+from ..delta import Factors
+from ..hparams import Hparams
+from ..solve import alphaedit_update
+from . import spreading
+from .registry import Job, Method, Outcome
+
+
+class AlphaEditHparams(Hparams):
+    """nullspace_threshold: eigenvalues of C (a mean over tokens) below it count as null; L2: the ridge."""
+
+    nullspace_threshold: float = Field(2e-2, gt=0)
+    L2: float = Field(10.0, gt=0)
+
+
+def edit(job: Job) -> Outcome:
+    earlier: dict[int, KeySystem] = job.state or {}
+    grown: dict[int, KeySystem] = {}
+    threshold = job.hparams.nullspace_threshold
+
+    def solve(layer: int, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
+        space = job.derived(layer, f"null space {threshold}", partial(null_space, threshold=threshold))
+        before = earlier.get(layer) or KeySystem.empty(K.shape[1], job.hparams.L2, K.device)
+        factors, grown[layer], info = alphaedit_update(K, R, space, before)
+        return factors, info
+
+    outcome = spreading.edit(job, solve)
+    return Outcome(outcome.update, outcome.facts, outcome.layers, grown)
+
+
+METHOD = Method("alphaedit", AlphaEditHparams, spreading.check, edit)

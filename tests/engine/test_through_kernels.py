@@ -1,0 +1,102 @@
+"""The engine on its own kernels: statistics, a MEMIT and an AlphaEdit edit, both scored in one forward, by Triton.
+
+The interpreter runs the kernels, so this is part of gate A. The numbers must be those of the torch implementations.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import rewire
+from rewire.engine.beside import score_each
+from rewire.engine.passes import score
+from rewire.engine.prompts import answer_rows
+from rewire.engine.session import EditSession, implementations
+from rewire.kernels import registry
+from rewire.kernels.dispatch import interpreting, recording, using
+
+FACTS = [
+    rewire.Fact("Mara Lindqvist", "{} lives in the city of", " Oslo", " Rome"),
+    rewire.Fact("Tom Ashby", "{} works as a", " painter", " doctor"),
+]
+CONTEXTS = ("The end. {}", "Because of this, {}")
+HPARAMS: dict[str, Any] = {"layers": [1, 2], "v_num_grad_steps": 4, "v_lr": 0.5, "mom2_tokens": 300}
+# no part of a float32 edit: quantised weights, and the product together with the add-on (`score_each` calls that alone)
+ELSEWHERE = {"requantize_add_4bit", "requantize_add_int8", "delta_linear"}
+OF = {"memit": HPARAMS | {"mom2_update_weight": 10}, "alphaedit": HPARAMS | {"nullspace_threshold": 1.0, "L2": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> rewire.Model:
+    """Four Llama blocks of random weights under the demo's tokenizer, tied head, float32."""
+    torch.manual_seed(0)
+    tokenizer = rewire.load("demo").tokenizer
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    return rewire.wrap(transformers.LlamaForCausalLM(config).eval(), tokenizer, "tiny")
+
+
+def run(model: rewire.Model, corpus: Path, impl: str) -> tuple[list[Any], torch.Tensor, dict[str, dict[str, int]]]:
+    """(MEMIT's and AlphaEdit's updates, the scores of each under its own, what served all of it)."""
+    updates = []
+    with recording() as served:
+        for method, hparams in OF.items():
+            session = EditSession(
+                copy.deepcopy(model), method, hparams=hparams, corpus=corpus, contexts=CONTEXTS, impl=impl
+            )
+            report = session.edit(FACTS, evaluate=False).report
+            used = {name: set(by) for name, by in report["implementations"].items()}
+            assert used
+            assert all(by == {impl} for by in used.values()), used
+            updates.append(session.weights.updates[0])
+        rows = answer_rows(model.tokenizer, [(fact.question, fact.target_new) for fact in FACTS])
+        with using(impl):
+            scores, _ = score_each(model, rows * 2, [0, 0, 1, 1], updates)
+    return updates, scores, implementations(served)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    words = rewire.engine.model.demo_file("corpus.txt").read_text()[:6000]
+    path = tmp_path / "corpus.txt"
+    path.write_text(words)
+    return path
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in its own process")
+def test_the_engine_runs_on_the_kernels(
+    tiny: rewire.Model, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for impl in ("torch", "triton"):
+        monkeypatch.setenv("REWIRE_CACHE", str(tmp_path / impl))  # statistics are collected by both
+        found[impl] = run(tiny, corpus, impl)
+    updates, scores, served = found["triton"]
+    with_kernel = {name for name, each in registry.operations().items() if "triton" in each.implementations}
+    assert {name for name, by in served.items() if by.get("triton")} == with_kernel - ELSEWHERE
+    for wanted, got in zip(found["torch"][0], updates, strict=True):
+        assert list(wanted) == list(got)
+        for name in wanted:
+            difference = (got[name].dense() - wanted[name].dense()).norm() / wanted[name].dense().norm()
+            assert float(difference) < 1e-4, name
+    assert torch.allclose(scores, found["torch"][1], atol=1e-4)
+    # side by side in one forward, or written into the weights one after another: the same
+    rows = answer_rows(tiny.tokenizer, [(fact.question, fact.target_new) for fact in FACTS])
+    for number, update in enumerate(updates):
+        model = copy.deepcopy(tiny)
+        with rewire.engine.delta.EditedWeights(model).provisional() as put:
+            for name, factors in update.items():
+                put(name, factors)
+        assert torch.allclose(score(model, rows)[0], scores[2 * number : 2 * number + 2], atol=1e-4)
