@@ -6,7 +6,7 @@ TORCH_FLAGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint gates clean
+.PHONY: install demo test lint gates bench clean
 
 install: $(STAMP)
 
@@ -37,6 +37,10 @@ test: lint
 # every autotune configuration of every kernel, compiled for every chip
 gates: install
 	REWIRE_ALL_CONFIGS=1 $(BIN)/pytest -q -m compile
+
+# every operation under pytest-benchmark, at the shapes that a CPU times
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/bench/test_speed.py --benchmark-only
 
 clean:
 	rm -rf .venv build *.egg-info .gates .typing .mypy_cache .ruff_cache .pytest_cache

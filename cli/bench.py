@@ -1,7 +1,9 @@
 """`rewire bench`: throughput, each figure with its correctness check in the same run."""
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -58,6 +60,139 @@ def values(
         _table(result)
     if result["check"] != "passed":
         raise typer.Exit(1)
+
+
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="One operation; may be repeated.")]
+
+
+@bench.command("solve")
+def solve(
+    d: Annotated[int, typer.Option(min=64, help="Width of the keys.")] = 1600,
+    n: Annotated[int, typer.Option(min=1, help="Keys (facts); under a quarter of the width.")] = 50,
+    device: common.Device = "auto",
+    json: common.Json = False,
+) -> None:
+    """MEMIT and AlphaEdit in the number of keys against the published dense LU, and small systems in one call.
+
+    Example: rewire bench solve --d 6400 --n 200
+    """
+    from ..bench.solve import bench_solve
+    from ..engine.model import pick_device
+    from ..kernels.errors import InputError
+
+    if 4 * n >= d:
+        raise InputError(f"--n {n}: expected fewer than a quarter of --d {d}; more are solved as one dense system")
+    with common.bars() as listener:
+        result = bench_solve(d, n, pick_device(device), lambda done, total: listener("solve", done, total))
+    if json:
+        common.print_json(result)
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=200)
+        condition = f"condition at least {result['condition']:.0e}, worst residual {result['worst']:.0e}"
+        console.print(f"check {result['check']}: {condition}", highlight=False)
+        table = Table(
+            "solve", "shape", "ms", "dense ms", "ratio", "made before, s", "ratio with it", "ratio with forming"
+        )
+        for row in result["rows"]:
+            table.add_row(
+                row["name"], " ".join(f"{name}={value}" for name, value in row["shape"].items()),
+                f"{1e3 * row['seconds']:.3g}", f"{1e3 * row['baseline_seconds']:.3g}", f"{row['ratio']:.1f}",
+                f"{row['factor_seconds']:.3g}", f"{row['ratio_with_factor']:.2f}", f"{row['ratio_with_forming']:.1f}",
+            )  # fmt: skip
+        console.print(table)
+    if result["check"] != "passed":
+        raise typer.Exit(1)
+
+
+@bench.command("kernels")
+def kernels(
+    only: Only = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="bfloat16, float16, float32 or float64; may be repeated.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Put the rows into this CSV, each in the place of its last.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="To time each provider for, at each shape.")] = 0.5,
+    device: common.Device = "auto",
+    json: common.Json = False,
+) -> None:
+    """Every operation against plain torch and the best library calls; what is not right is not timed.
+
+    Example: rewire bench kernels --only gram_ --csv kernels.csv
+    """
+    from ..bench.kernels import bench_kernels
+
+    with common.bars() as listener:
+        result = bench_kernels(device, only or (), dtype or (), csv, seconds, listener)
+    if json:
+        common.print_json(result)
+    else:
+        _kernels_table(result)
+    if result["check"] != "passed":
+        raise typer.Exit(1)
+
+
+@bench.command("gpu")
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder for gpu.json, gpu.md, kernels.csv and tuned.json.")],
+    budget: Annotated[float, typer.Option(help="Seconds; what does not fit is listed.")] = 540,
+    only: Only = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Walk all of it on the CPU, at small shapes.")] = False,
+    json: common.Json = False,
+) -> None:
+    """On a GPU: gates C, the chip's ceilings, all kernels at real shapes, tuning; inside ten minutes.
+
+    Example: rewire bench gpu --out gpu-report
+    """
+    from ..bench.gpu import bench_gpu, say_lines
+    from ..bench.gpu_report import markdown
+
+    with common.bars() as listener:
+        report = bench_gpu(out, budget, only or (), rehearse, listener if sys.stdout.isatty() else say_lines())
+    if json:
+        common.print_json(report)
+    else:
+        print(markdown(report))
+        print(f"written to {out}; export REWIRE_TUNED={shlex.quote(str(out / 'tuned.json'))} launches what was fastest")
+    if report["check"] != "passed":
+        raise typer.Exit(1)
+
+
+@bench.command("plot")
+def plot(
+    csv: Annotated[Path, typer.Argument(metavar="CSV", help="What `rewire bench kernels --csv` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")],
+    json: common.Json = False,
+) -> None:
+    """Bars of the ratio to plain torch and of the share of the floor, from the CSV only.
+
+    Example: rewire bench plot kernels.csv --out pictures
+    """
+    from ..bench.plots import plot
+
+    written = [str(path) for path in plot(csv, out)]
+    if json:
+        common.print_json({"written": written})
+    else:
+        print("\n".join(written))
+
+
+def _kernels_table(result: dict[str, Any]) -> None:
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(f"{result['about']['device']}: check {result['check']}", highlight=False)
+    table = Table("operation", "provider", "dtype", "shape", "ms", "p20", "p80", "ratio", "of the floor", "peak MiB")
+    for row in result["rows"]:
+        figures = (
+            *(f"{1e3 * row[key]:.3g}" for key in ("seconds", "p20", "p80")),
+            *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("ratio", "floor_fraction")),
+            f"{row['peak_bytes'] / 2**20:.1f}",
+        )
+        shape = " ".join(f"{name}={value}" for name, value in row["shape"].items())
+        table.add_row(row["name"], row["provider"], row["dtype"], shape, *figures)
+    console.print(table)
+    for kind, title in (("wrong", "wrong"), ("not_measured", "not measured")):
+        reasons = dict.fromkeys((row["name"], row["provider"], row["note"]) for row in result[kind])
+        for name, provider, note in reasons:
+            print(f"{title}: {name} by {provider}: {note}")
 
 
 def _table(result: dict[str, object]) -> None:

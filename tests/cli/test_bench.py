@@ -1,0 +1,88 @@
+"""`rewire bench kernels`, `gpu` and `plot` through the entry point."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from commands import Command, complaint
+from rewire.bench import gpu, kernels, table
+from rewire.bench.ceilings import TINY
+
+QUICK = ("--seconds", "0.01", "--device", "cpu", "--dtype", "float32", "--only", "small_solve")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SMALL", TINY)
+
+
+def test_kernels_csv_and_plot(run: Command, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    csv, out = tmp_path / "k.csv", tmp_path / "pictures"
+    done = run("bench", "kernels", *QUICK, "--csv", csv, "--json")
+    assert done.status == 0, done.err
+    report = done.json
+    assert report["check"] == "passed"
+    for row in report["rows"]:
+        assert row.keys() >= {"name", "dtype", "shape", "seconds", "baseline_seconds", "ratio", "peak_bytes"}
+        assert (row["name"], row["dtype"]) == ("small_solve", "float32")
+    assert {row["provider"] for row in report["rows"]} >= {"torch", "plain"}
+    assert len(table.read(csv)) == len(report["rows"])
+
+    shown = run("bench", "kernels", *QUICK, "--csv", csv)
+    assert shown.status == 0, shown.err
+    assert "check passed" in shown.out
+    assert "small_solve" in shown.out
+    assert "not measured: small_solve by triton: " in shown.out
+    assert len(table.read(csv)) == len(report["rows"])
+
+    plotted = run("bench", "plot", csv, "--out", out)
+    assert plotted.status == 0, plotted.err
+    assert [Path(line) for line in plotted.out.splitlines()] == sorted(out.iterdir(), reverse=True)
+    assert run("bench", "plot", csv, "--out", out, "--json").json["written"] == plotted.out.split("\n")[:-1]
+
+
+def test_a_failed_check_is_status_1(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "gate", lambda *args: "error 1.0e+00, plain torch 1.0e-07")
+    done = run("bench", "kernels", *QUICK)
+    assert done.status == 1
+    assert "check failed" in done.out
+    assert "wrong: small_solve by torch: at batch 5, n 7, k 3: error 1.0e+00" in done.out
+
+
+def test_gpu_rehearsal(run: Command, tmp_path: Path) -> None:
+    done = run("bench", "gpu", "--rehearse", "--only", "small_solve", "--out", tmp_path / "out", "--json")
+    assert done.status == 0, done.err
+    assert done.json == json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert done.json["rehearsal"]
+    assert " s  gates " in done.err  # what it is doing
+    shown = run("bench", "gpu", "--rehearse", "--only", "small_solve", "--out", tmp_path / "out", "--budget", "1e-9")
+    assert shown.status == 0, shown.err
+    assert shown.out.startswith(f"# {done.json['about']['device']}\n")
+    assert gpu.LATE in shown.out
+    assert "export REWIRE_TUNED=" in shown.out
+
+
+def test_wrong_input(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = complaint(run("bench", "gpu", "--out", tmp_path / "out"))
+    assert said.startswith("no GPU: torch ")
+    assert "rewire bench kernels" in said
+    assert not (tmp_path / "out").exists()
+    assert "no operation 'gramm_'; expected one of " in complaint(run("bench", "kernels", "--only", "gramm_"))
+    assert complaint(run("bench", "kernels", "--dtype", "int8")).startswith("dtype 'int8'; expected one of ")
+    assert complaint(run("bench", "kernels", "--device", "tpu")).startswith("device 'tpu'; expected auto, cpu")
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    assert complaint(run("bench", "kernels", "--csv", other)).startswith(f"{other}: no column 'operation'")
+    assert complaint(run("bench", "plot", other, "--out", tmp_path)).startswith(f"{other}: no column 'operation'")
+    assert "No such file" in complaint(run("bench", "plot", tmp_path / "absent.csv", "--out", tmp_path))
+
+
+@pytest.mark.parametrize("verb", ["kernels", "gpu", "plot"])
+def test_help_has_an_example(run: Command, verb: str) -> None:
+    done = run("bench", verb, "--help")
+    assert done.status == 0
+    assert f"Example: rewire bench {verb} " in " ".join(done.out.split())
