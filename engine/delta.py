@@ -115,8 +115,8 @@ class EditedWeights:
         """Weight name -> relative Frobenius norm of what the weight's dtype lost of all updates together."""
         lost = {}
         for name, total in self.sums.items():
-            missed = self._parameter(name).detach().float() - total
-            lost[name] = share_lost(float(missed.norm()), float((total - self.originals[name].float()).norm()))
+            missed = self._parameter(name).detach().to(total.dtype) - total
+            lost[name] = share_lost(float(missed.norm()), float((total - self.originals[name]).norm()))
         return lost
 
     def _add(self, name: str, base: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor, float]:

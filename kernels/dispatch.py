@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+WIDE = (*FLOATS, torch.float64)  # float64 is served by torch alone
 
 _preferred: ContextVar[str] = ContextVar("preferred", default="auto")
 _recorders: ContextVar[tuple[Counter[tuple[str, str]], ...]] = ContextVar("recorders", default=())

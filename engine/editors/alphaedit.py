@@ -10,7 +10,7 @@ from functools import partial
 from pydantic import Field
 from torch import Tensor
 
-from ...kernels.spd_solve import KeySystem, SolveInfo, null_space
+from ...kernels.spd_solve import KeySystem, NullSpace, SolveInfo, null_space
 from ..delta import Factors
 from ..hparams import Hparams
 from ..solve import alphaedit_update
@@ -25,13 +25,25 @@ class AlphaEditHparams(Hparams):
     L2: float = Field(10.0, gt=0)
 
 
+def check(job: Job) -> None:
+    """Also that the threshold lies within the spectrum of each C."""
+    spreading.check(job)
+    for layer in job.hparams.layers:
+        _space(job, layer)
+
+
+def _space(job: Job, layer: int) -> NullSpace:
+    threshold = job.hparams.nullspace_threshold
+    found: NullSpace = job.derived(layer, f"null space {threshold}", partial(null_space, threshold=threshold))
+    return found
+
+
 def edit(job: Job) -> Outcome:
     earlier: dict[int, KeySystem] = job.state or {}
     grown: dict[int, KeySystem] = {}
-    threshold = job.hparams.nullspace_threshold
 
     def solve(layer: int, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
-        space = job.derived(layer, f"null space {threshold}", partial(null_space, threshold=threshold))
+        space = _space(job, layer)
         before = earlier.get(layer) or KeySystem.empty(K.shape[1], job.hparams.L2, K.device)
         factors, grown[layer], info = alphaedit_update(K, R, space, before)
         return factors, info
@@ -40,4 +52,4 @@ def edit(job: Job) -> Outcome:
     return Outcome(outcome.update, outcome.facts, outcome.layers, grown)
 
 
-METHOD = Method("alphaedit", AlphaEditHparams, spreading.check, edit)
+METHOD = Method("alphaedit", AlphaEditHparams, check, edit)

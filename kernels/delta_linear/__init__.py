@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import FLOATS, TORCH, TRITON, Capability, Implementation, Operation
+from ..dispatch import TORCH, TRITON, WIDE, Capability, Implementation, Operation
 from ..errors import InputError
 
 _RANK = 64  # of one pass over x; higher ranks take several
@@ -15,7 +15,7 @@ def add_delta_(y: Tensor, x: Tensor, left: Tensor, right: Tensor, group: Tensor,
     """Add ``x[i] right[g]ᵀ left[g]ᵀ``, g = group[i], to row i of y, in place: what a hook on any module adds.
 
     y: [rows, T, d_out] or [rows, d_out] in x's dtype, last dimension contiguous: the map's output
-    x: [rows, T, d_in] or [rows, d_in] fp32, fp16 or bf16, its input (copied once if its last dimension is strided)
+    x: [rows, T, d_in] or [rows, d_in] fp32, fp16, bf16 or fp64, its input (copied once if a row is strided)
     left: [G, d_out, r] fp32 or x's dtype, any strides (fastest where a column is contiguous: r = 1, or a .mT view)
     right: [G, r, d_in] in left's dtype (copied once if its last dimension is strided)
     group: [rows] int64, the delta of each row; negative: none, and the row stays as it is bit for bit
@@ -55,7 +55,7 @@ def delta_linear(
 ) -> Tensor:
     """``y = x weightᵀ + bias``, and to row i its delta ``x[i] right[g]ᵀ left[g]ᵀ``, g = group[i], no weight written.
 
-    x: [rows, T, d_in] or [rows, d_in] fp32, fp16 or bf16
+    x: [rows, T, d_in] or [rows, d_in] fp32, fp16, bf16 or fp64
     weight: [d_out, d_in] in x's dtype, any strides (`Conv1D`: its ``weight.T``)
     left, right, group: as of :func:`add_delta_`
     bias: [d_out] in x's dtype, or None
@@ -104,9 +104,9 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 
 def _check(what: str, x: Tensor, left: Tensor, right: Tensor, group: Tensor) -> None:
-    if x.ndim not in (2, 3) or x.dtype not in FLOATS:
+    if x.ndim not in (2, 3) or x.dtype not in WIDE:
         raise InputError(
-            f"{what}: x is {_name(x)}; expected [rows, T, d_in] or [rows, d_in] in float32, float16 or bfloat16"
+            f"{what}: x is {_name(x)}; expected [rows, T, d_in] or [rows, d_in] in float16 to float64 or bfloat16"
         )
     if left.ndim != 3 or left.dtype not in (torch.float32, x.dtype) or left.device != x.device:
         raise InputError(
@@ -149,15 +149,16 @@ def _tokens(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _add_torch(y: Tensor, x: Tensor, left: Tensor, right: Tensor, group: Tensor) -> None:
     y, x = _tokens(y), _tokens(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
     live = (group >= 0).nonzero()[:, 0]
     step = max(1, _TOKENS // x.shape[1])
     whole = len(live) == len(group)  # slices are views, indices copy
     parts = [slice(i, i + step) for i in range(0, len(group), step)] if whole else live.split(step)
     for rows in parts:
         some, deltas = y[rows], group[rows]
-        s = torch.bmm(x[rows].float(), right[deltas].float().mT)
-        u = left[deltas].float().mT
-        if y.dtype is not torch.float32:
+        s = torch.bmm(x[rows].to(wide), right[deltas].to(wide).mT)
+        u = left[deltas].to(wide).mT
+        if y.dtype is not wide:
             some += torch.bmm(s, u)
         elif s.shape[2] == 1:
             some.addcmul_(s, u)  # a third of the time of baddbmm on a CPU

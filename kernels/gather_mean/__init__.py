@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import FLOATS, TORCH, TRITON, Implementation, Operation
+from ..dispatch import TORCH, TRITON, WIDE, Implementation, Operation
 from ..errors import InputError
 
 
@@ -19,7 +19,7 @@ def gather_mean_(
     With weights that sum to 1 over each group, spread over as many calls as it takes, K ends as the weighted means.
 
     K: [n, d] fp32, rows at any stride, last dimension contiguous: the sums so far
-    X: [rows, T, d] fp32, fp16 or bf16, at any strides (copied once for the kernel if its last dimension is not
+    X: [rows, T, d] fp32, fp16, bf16 or fp64, at any strides (copied once for the kernel if its last dimension is not
        contiguous): activations; other tokens than those at `position` are never read
     position: [rows] int64, 0 <= position < T: the token that is read
     group: [rows] int64, 0 <= group < n: the row of K that it is added to; rows of a group need not be neighbours
@@ -33,8 +33,8 @@ def gather_mean_(
     Raises InputError: dtype, shape, device or layout is not as above, an index is out of range (of CPU tensors), or
     ``impl`` cannot serve these arguments.
     """
-    if X.ndim != 3 or X.dtype not in FLOATS:
-        raise InputError(f"gather_mean_: X is {_name(X)}; expected [rows, T, d] in float32, float16 or bfloat16")
+    if X.ndim != 3 or X.dtype not in WIDE:
+        raise InputError(f"gather_mean_: X is {_name(X)}; expected [rows, T, d] in float16 to float64 or bfloat16")
     rows, T, d = X.shape
     if K.ndim != 2 or K.shape[1] != d or K.dtype is not torch.float32:
         raise InputError(f"gather_mean_: K is {_name(K)}; expected [n, {d}] float32 for X {_name(X)}")
@@ -60,8 +60,8 @@ def gather_mean_(
 def scatter_add(H: Tensor, position: Tensor, group: Tensor, delta: Tensor, impl: str = "auto") -> Tensor:
     """H with a vector added at one token of each row: out[r, position[r]] = H[r, position[r]] + delta[group[r]].
 
-    H: [rows, T, d] fp32, fp16 or bf16, at any strides (copied once more for the kernel if its last dimension is not
-       contiguous): hidden states
+    H: [rows, T, d] fp32, fp16, bf16 or fp64, at any strides (copied once more for the kernel if its last dimension is
+       not contiguous): hidden states
     position: [rows] int64, 0 <= position < T: the token that changes
     group: [rows] int64, 0 <= group < n: the row of delta that is added there
     delta: [n, d] fp32
@@ -75,8 +75,8 @@ def scatter_add(H: Tensor, position: Tensor, group: Tensor, delta: Tensor, impl:
     Raises InputError: dtype, shape or device is not as above, an index is out of range (of CPU tensors), or ``impl``
     cannot serve these arguments.
     """
-    if H.ndim != 3 or H.dtype not in FLOATS:
-        raise InputError(f"scatter_add: H is {_name(H)}; expected [rows, T, d] in float32, float16 or bfloat16")
+    if H.ndim != 3 or H.dtype not in WIDE:
+        raise InputError(f"scatter_add: H is {_name(H)}; expected [rows, T, d] in float16 to float64 or bfloat16")
     if delta.ndim != 2 or delta.shape[1] != H.shape[2] or delta.dtype is not torch.float32:
         raise InputError(f"scatter_add: delta is {_name(delta)}; expected [n, {H.shape[2]}] float32 for H {_name(H)}")
     if delta.device != H.device:
@@ -151,7 +151,7 @@ def _scatter_torch(H: Tensor, position: Tensor, group: Tensor, delta: Tensor) ->
     out = H.clone(memory_format=torch.contiguous_format)
     tokens = out.view(-1, H.shape[2])  # one index, and by these calls: a third of the time of out[rows, position] = ...
     at = torch.arange(0, len(tokens), H.shape[1], device=H.device) + position
-    moved = tokens.index_select(0, at).float() + delta.index_select(0, group)
+    moved = tokens.index_select(0, at) + delta.index_select(0, group)  # in fp32, or in H's fp64
     tokens.index_copy_(0, at, moved.to(H.dtype))
     return out
 

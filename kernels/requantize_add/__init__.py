@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import FLOATS, TORCH, TRITON, Implementation, Operation
+from ..dispatch import TORCH, TRITON, WIDE, Implementation, Operation
 from ..errors import InputError
 from .common import check_factors, full_precision, name, row_blocks, share, square
 from .quantized import (
@@ -60,7 +60,8 @@ def requantize_add(
 ) -> Written:
     """round(W + left @ right), or round(base + left @ right), in W's dtype; nothing given is changed.
 
-    W: [d_out, d_in] bf16, fp16 or fp32, the weight as it is, any strides (the transposed view of a Conv1D's weight)
+    W: [d_out, d_in] bf16, fp16, fp32 or fp64, the weight as it is, any strides (the transposed view of a Conv1D's
+        weight); what is said of fp32 sums below is fp64 then
     left: [d_out, r] fp32; right: [r, d_in] fp32; or left: [d_out, d_in], the update itself, and right None
     base: [d_out, d_in] fp32, the running sum of which W is the rounding: small updates add up before they are rounded
     rounding: "nearest", ties to even; "stochastic": to one of the two neighbours, the farther one with the share of the
@@ -76,11 +77,12 @@ def requantize_add(
 
     Raises InputError: a dtype, shape, device, rounding or seed is not as above, or ``impl`` cannot serve it.
     """
-    if W.ndim != 2 or W.dtype not in FLOATS:
-        raise InputError(f"requantize_add: W is {name(W)}; expected [d_out, d_in] in float32, float16 or bfloat16")
+    if W.ndim != 2 or W.dtype not in WIDE:
+        raise InputError(f"requantize_add: W is {name(W)}; expected [d_out, d_in] in float16 to float64 or bfloat16")
+    wide = torch.promote_types(W.dtype, torch.float32)  # of the sum
     check_factors("requantize_add", W.shape, left, right, W.device)
-    if base is not None and (base.shape != W.shape or base.dtype is not torch.float32 or base.device != W.device):
-        expected = f"{list(W.shape)} float32 on {W.device}"
+    if base is not None and (base.shape != W.shape or base.dtype is not wide or base.device != W.device):
+        expected = f"{list(W.shape)} {str(wide).removeprefix('torch.')} on {W.device}"
         raise InputError(f"requantize_add: base is {name(base)} on {base.device}; expected {expected}")
     if rounding not in ROUNDINGS:
         raise InputError(f"requantize_add: rounding={rounding!r} is not one of {', '.join(ROUNDINGS)}")
@@ -88,11 +90,11 @@ def requantize_add(
         raise InputError(f"requantize_add: seed is {seed}; expected 0 <= seed < 2^63")
     if not W.numel():
         weight = W.clone()
-        return Written(weight, weight.float() if keep_total else None, 0.0)
+        return Written(weight, weight.to(wide) if keep_total else None, 0.0)
     # bf16 travels as its bits: the interpreter has no bf16
     bits = W.view(torch.int16) if W.dtype is torch.bfloat16 else W
-    chance = seed if rounding == "stochastic" and W.dtype is not torch.float32 else None
-    keep = keep_total and W.dtype is not torch.float32  # an fp32 weight is its own total
+    chance = seed if rounding == "stochastic" and W.dtype is not wide else None
+    keep = keep_total and W.dtype is not wide  # an fp32 weight is its own total
     new, total, sums = operation(bits, base, left, right, chance, keep, impl=impl)
     weight = new.view(W.dtype)
     return Written(weight, weight if keep_total and not keep else total, share(sums))
@@ -102,6 +104,7 @@ def _torch(
     W: Tensor, base: Tensor | None, left: Tensor, right: Tensor | None, seed: int | None, keep_total: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     W = W.view(torch.bfloat16) if W.dtype is torch.int16 else W
+    wide = torch.promote_types(W.dtype, torch.float32)
     new = torch.empty_like(W)
     total = torch.empty_like(W, dtype=torch.float32) if keep_total else None
     chance = None if seed is None else torch.Generator(W.device).manual_seed(seed)
@@ -109,13 +112,13 @@ def _torch(
     for rows in row_blocks(W.shape):
         with full_precision():
             change = left[rows] if right is None else left[rows] @ right
-        old = W[rows].float()
-        place = new[rows] if W.dtype is torch.float32 else None if total is None else total[rows]
+        old = W[rows].to(wide)
+        place = new[rows] if W.dtype is wide else None if total is None else total[rows]
         summed = torch.add(old if base is None else base[rows], change, out=place)
         if chance is not None:
             uniform = torch.rand(summed.shape, generator=chance, device=W.device)
             new[rows] = stochastic(summed, W.dtype, uniform)
-        elif W.dtype is not torch.float32:
+        elif W.dtype is not wide:
             new[rows] = summed
         sums.append(torch.stack([square((new[rows] - old).sub_(change)), square(change)]))
     return new.view(torch.int16) if W.dtype is torch.bfloat16 else new, total, torch.stack(sums)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import FLOATS, TORCH, TRITON, Implementation, Operation
+from ..dispatch import TORCH, TRITON, WIDE, Implementation, Operation
 from ..errors import InputError
 
 CHUNK = 256  # rows whose logits the torch implementation has at once; with fewer a product waits for the head
@@ -27,7 +27,7 @@ def target_nll(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums over each fact's rows: (nll, KL), each [facts] fp32, in nats; differentiable in `hidden` alone.
 
-    hidden: [m + k, d] fp32, fp16 or bf16, behind the final norm: m rows that predict a label, then k KL rows
+    hidden: [m + k, d] fp32, fp16, bf16 or fp64, behind the final norm: m rows that predict a label, then k KL rows
     head: [V, d] as hidden, frozen
     labels: [m] int64, in 0 .. V - 1
     fact: [m + k] int64, the fact of each row, in 0 .. facts - 1, in any order
@@ -93,8 +93,8 @@ def _check(
     bias: Tensor | None,
     softcap: float | None,
 ) -> None:
-    if hidden.ndim != 2 or hidden.dtype not in FLOATS:
-        raise InputError(f"target_nll: hidden is {_name(hidden)}; expected [rows, d] in float32, float16 or bfloat16")
+    if hidden.ndim != 2 or hidden.dtype not in WIDE:
+        raise InputError(f"target_nll: hidden is {_name(hidden)}; expected [rows, d] in float16 to float64 or bfloat16")
     rows, d = hidden.shape
     if head.ndim != 2 or head.shape[1] != d or not len(head):
         raise InputError(f"target_nll: head is {_name(head)}; expected [V, {d}], V >= 1, for hidden {_name(hidden)}")
@@ -173,7 +173,7 @@ def _step(
     """
     a = len(labels)
     n = (a + len(hidden)) // 2
-    logits = torch.nn.functional.linear(hidden, head, bias).float()
+    logits = torch.nn.functional.linear(hidden, head, bias).to(torch.promote_types(hidden.dtype, torch.float32))
     slope = None
     if softcap is not None:
         share = logits.div_(softcap).tanh_()

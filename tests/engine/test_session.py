@@ -67,6 +67,20 @@ def test_undo_is_bit_for_bit(demo: rewire.Model, facts: list[Fact]) -> None:
     assert changed(demo, between) == set()
 
 
+@pytest.mark.parametrize("method", ["memit", "alphaedit"])
+def test_a_float64_model_stays_one(demo: rewire.Model, facts: list[Fact], method: str) -> None:
+    demo.hf.double()
+    before = state(demo)
+    session = rewire.EditSession(demo, method, contexts=CONTEXTS)
+    edit = session.edit(facts[:2])
+    assert edit.report["after"]["efficacy_success"] == 1
+    ((name, factors), *_) = session.weights.updates[0].items()
+    change = (demo.hf.state_dict()[name] - before[name]).double()
+    assert (change - factors.dense()).norm() < 1e-7 * change.norm()  # the weight did not pass through float32
+    session.undo(edit.id)
+    assert changed(demo, before) == set()
+
+
 def test_only_the_last_edit_can_be_undone(demo: rewire.Model, facts: list[Fact]) -> None:
     session = session_on(demo)
     with pytest.raises(InputError, match="no edit 'abc' in this session; it has none"):

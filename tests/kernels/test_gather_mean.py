@@ -192,7 +192,7 @@ LONG = torch.zeros(12, dtype=torch.long)
     ("changed", "says"),
     [
         ({"X": torch.zeros(12, 40)}, r"X is \[12, 40\] float32; expected \[rows, T, d\]"),
-        ({"X": torch.zeros(12, 6, 40, dtype=torch.float64)}, r"X is \[12, 6, 40\] float64"),
+        ({"X": torch.zeros(12, 6, 40, dtype=torch.int32)}, r"X is \[12, 6, 40\] int32"),
         ({"K": torch.zeros(5, 41)}, r"K is \[5, 41\] float32; expected \[n, 40\] float32"),
         ({"K": torch.zeros(5, 40, dtype=torch.float16)}, r"K is \[5, 40\] float16"),
         ({"K": torch.zeros(40, 5).T}, r"K has strides \(1, 5\); expected rows that do not overlap"),
@@ -217,7 +217,7 @@ def test_wrong_input_of_the_gather_is_named(changed, says):
     ("changed", "says"),
     [
         ({"X": torch.zeros(12, 40)}, r"H is \[12, 40\] float32; expected \[rows, T, d\]"),
-        ({"X": torch.zeros(12, 6, 40).double()}, r"H is \[12, 6, 40\] float64"),
+        ({"X": torch.zeros(12, 6, 40).int()}, r"H is \[12, 6, 40\] int32"),
         ({"K": torch.zeros(5, 41)}, r"delta is \[5, 41\] float32; expected \[n, 40\] float32"),
         ({"K": torch.zeros(5, 40, dtype=torch.float16)}, r"delta is \[5, 40\] float16"),
         ({"K": torch.zeros(5, 40, device="meta")}, "delta is on meta, H on cpu"),

@@ -42,6 +42,14 @@ def test_torch(subject, shape, dtype):
     passes(subject, shape, dtype, "torch")
 
 
+@pytest.mark.parametrize("name", ["target_nll", "gather_mean_", "scatter_add", "delta_linear"])
+def test_torch_takes_float64_models(name):
+    subject = next(each for each in subjects() if each.name == name)
+    for shape in subject.odd:
+        found = check(subject, inputs_of(subject, shape, torch.float64, "cpu"), "torch")
+        assert found.error <= 1e-6, (shape, found)  # what is fp32 by contract, the sums, stays so
+
+
 @pytest.mark.interpreter
 @pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in its own process")
 @pytest.mark.parametrize(("subject", "shape", "dtype"), cases("triton"))

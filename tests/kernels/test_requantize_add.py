@@ -235,8 +235,8 @@ ZERO = torch.zeros
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((ZERO(5), ZERO(5, 1), ZERO(1, 5)), r"W is \[5\] float32; expected \[d_out, d_in\] in float32"),
-        ((ZERO(5, 4).double(), ZERO(5, 1), ZERO(1, 4)), r"W is \[5, 4\] float64"),
+        ((ZERO(5), ZERO(5, 1), ZERO(1, 5)), r"W is \[5\] float32; expected \[d_out, d_in\] in float16 to float64"),
+        ((ZERO(5, 4).int(), ZERO(5, 1), ZERO(1, 4)), r"W is \[5, 4\] int32"),
         (
             (ZERO(5, 4), ZERO(4, 1), ZERO(1, 5)),
             r"left and right are \[4, 1\] .*; expected \[5, 1\] and \[1, 4\] float32",

@@ -208,7 +208,7 @@ def test_served_by_what_is_asked_for():
 
 
 WRONG = {
-    "hidden is \\[10, 20\\] float64; expected \\[rows, d\\]": lambda a: a | {"hidden": a["hidden"].double()},
+    "hidden is \\[10, 20\\] int32; expected \\[rows, d\\]": lambda a: a | {"hidden": a["hidden"].int()},
     "hidden is \\[200\\] float32": lambda a: a | {"hidden": a["hidden"].flatten()},
     "head is \\[60, 19\\] float32; expected \\[V, 20\\]": lambda a: a | {"head": a["head"][:, 1:]},
     "head is \\[0, 20\\] float32; expected \\[V, 20\\], V >= 1": lambda a: a | {"head": a["head"][:0]},

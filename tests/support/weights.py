@@ -31,7 +31,7 @@ def changed(model: rewire.Model, before: dict[str, Tensor]) -> set[str]:
     """Names of tensors that are not bit for bit as before."""
     now = model.hf.state_dict()
     assert now.keys() == before.keys()
-    kinds = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+    kinds = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
     return {
         name
         for name, old in before.items()
