@@ -130,13 +130,12 @@ class Suffix:
         calls: dict[int, Call] = _map(self.calls, take, {})
         return replace(self, active=self.active[kept], start=self.start[kept], calls=calls, cache=cache)
 
-    def __call__(self, added: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
-        """[m, d_model] behind the final norm at m places (row, position in the row), with `added` at each row's start.
+    def __call__(self, delta: Tensor, fact: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
+        """[m, d_model] behind the final norm at m places (row, position in the row), with a delta at each row's start.
 
-        added: [rows, d_model]; differentiable in it.
+        delta: [n, d_model] float32, differentiable; fact: [rows] int64, which of them a row gets
         """
-        row = torch.arange(len(self.active), device=self.active.device)
-        hidden = scatter_add(self.active, torch.zeros_like(row), row, added.float())
+        hidden = scatter_add(self.active, torch.zeros_like(fact), fact, delta)
         for layer, (args, kwargs) in self.calls.items():
             hidden = hidden_of(self.model.block(layer)(hidden, *args, **kwargs))
         rows, positions = read
@@ -221,7 +220,9 @@ def _verify(model: Model, layer: int, kind: str) -> None:
     read_row, read_at = torch.tensor(seen, device=before.device).T
     start = torch.tensor([2, 5], device=before.device)  # the rows' first active tokens; earlier ones are not read
     suffix = Suffix.of(model, record_calls(model, layer, length), before, start, length - 2)
-    replayed = model.logits(suffix(torch.zeros_like(before[:, 0]), (read_row, read_at)))
+    replayed = model.logits(
+        suffix(before.new_zeros(1, before.shape[2]).float(), torch.zeros_like(start), (read_row, read_at))
+    )
     if not torch.allclose(replayed, own[read_row, read_at], atol=tolerance, rtol=0):
         raise InputError(f"{kind}: its logits are not head(norm(blocks)): this family cannot be edited yet")
     push = torch.ones_like(before[:, -1]) * before.float().std().to(before.dtype)

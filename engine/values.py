@@ -237,10 +237,10 @@ def _add_loss(
     """
     weight, bias, softcap = model.head_parts()
     with torch.set_grad_enabled(update):
-        added = delta[group.fact].requires_grad_(update)
+        moved = delta.detach().requires_grad_(update)
         read_row = torch.cat([group.label_row, group.kl_row])
         read_position = torch.cat([group.label_at, group.suffix.start[group.kl_row]])
-        hidden = group.suffix(added, (read_row, read_position)).to(weight.device)
+        hidden = group.suffix(moved, group.fact, (read_row, read_position)).to(weight.device)
         labels = len(group.label)
         first = hidden[labels:].detach().clone() if group.first is None else group.first
         of_nll, of_kl = target_nll(
@@ -255,8 +255,8 @@ def _add_loss(
             softcap=softcap,
         )
         if update:
-            (found,) = torch.autograd.grad(of_nll.sum() + kl_factor * of_kl.sum(), added)
-            gradient.index_add_(0, group.fact, found)
+            (found,) = torch.autograd.grad(of_nll.sum() + kl_factor * of_kl.sum(), moved)
+            gradient += found
     nll += of_nll.detach().to(nll.device)
     kl += of_kl.detach().to(kl.device)
     return replace(group, first=first)

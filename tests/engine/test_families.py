@@ -200,7 +200,8 @@ def test_the_blocks_above_alone(family):
     model, layer, lengths, starts = make(family), 1, (11, 4, 9, 7), (6, 0, 2, 6)
     generator = torch.Generator().manual_seed(0)
     rows = [Row(tuple(torch.randint(2, VOCAB, (length,), generator=generator).tolist())) for length in lengths]
-    added = torch.randn(len(rows), WIDTH, generator=generator)
+    delta = torch.randn(3, WIDTH, generator=generator)
+    fact = torch.tensor([2, 0, 2, 1])
     hidden = blocks_until(model, pad(rows, "cpu"), layer)
     places = [
         (row, at)
@@ -210,9 +211,9 @@ def test_the_blocks_above_alone(family):
     read = tuple(torch.tensor(side) for side in zip(*places, strict=True))
     suffix = Suffix.of(model, record_calls(model, layer, max(lengths)), hidden, torch.tensor(starts), 7)
     with torch.no_grad():
-        got = model.logits(suffix(added, read))
+        got = model.logits(suffix(delta, fact, read))
     own = []
-    for row, start, change in zip(rows, starts, added, strict=True):
+    for row, start, change in zip(rows, starts, delta[fact], strict=True):
 
         def add(module: nn.Module, args: Any, output: Any, start: int = start, change: Tensor = change) -> Any:
             (output[0] if isinstance(output, tuple) else output)[0, start] += change

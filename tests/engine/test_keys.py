@@ -77,7 +77,7 @@ def test_the_kernels_serve_keys_and_values(demo: rewire.Model) -> None:
     def everything(impl: str) -> list[Tensor]:
         moved = added.clone().requires_grad_()
         with using(impl):
-            out = suffix(moved, (torch.arange(3), start))
+            out = suffix(moved, torch.arange(3), (torch.arange(3), start))
             out.square().sum().backward()
             return [measure_keys(demo, rows, 1), measure_hidden(demo, plain, 2), out.detach(), moved.grad]
 
