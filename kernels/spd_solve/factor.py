@@ -115,5 +115,5 @@ def refuse_nonfinite(matrix: Tensor, name: str) -> None:
         raise InputError(f"spd_solve: {name} holds NaN or infinity")
 
 
-def blocks(n: int) -> Iterator[slice]:
-    return (slice(start, start + _BLOCK) for start in range(0, n, _BLOCK))
+def blocks(n: int, size: int = _BLOCK) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, n, size))

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..gram import mirror_
-from .dense import product, relative_norm, spd_solve
-from .factor import Factor, refuse_nonfinite
+from .dense import relative_norm, spd_solve
+from .factor import Factor, blocks, refuse_nonfinite
 from .info import SAMPLES, TOLERANCE, SolveError, SolveInfo
 
+_ROWS = 128  # of C in fp64 at a time: they stay in the caches
 _STEPS = 3  # of refinement; an accurate factor needs none
 
 
@@ -53,7 +54,9 @@ def woodbury(
     lambdas = weights.reshape(-1, *[1] * C.ndim)
     identity = torch.eye(K.shape[-2], dtype=torch.float64, device=K.device)
     inner = gram + lambdas * identity  # [g, ..., n, n]
-    Xt, inside = spd_solve(inner, Y.mT.expand(len(lambdas), *Y.mT.shape))
+    # its inverse is small: one product with it instead of two triangular solves with d right-hand sides
+    T, inside = spd_solve(inner, identity)
+    Xt = T @ Y.mT
     steps = 0
     residual, R = _residual(C, K, Xt, lambdas, full)
     if not residual <= tolerance and not full:
@@ -84,8 +87,18 @@ def _residual(C: Tensor, K: Tensor, Xt: Tensor, lambdas: Tensor, full: bool) -> 
     if not full:
         mix = combinations(K)
         B, X = B @ mix, X @ mix
-    R = B - lambdas * product(C, X) - K.mT @ (K @ X)
+    R = B - lambdas * _product(C, X) - K.mT @ (K @ X)
     return relative_norm(R, B.expand_as(R)), R
+
+
+def _product(C: Tensor, X: Tensor) -> Tensor:
+    """C X in fp64 for a symmetric C, as (Xᵀ C)ᵀ: C is read once, row by row, and never copied whole."""
+    if C.dtype is torch.float64:
+        return (X.mT @ C.mT).mT  # read as its transpose: BLAS then takes dot products of rows
+    out = X.new_zeros(*X.shape[:-2], X.shape[-1], C.shape[-1])
+    for rows in blocks(C.shape[-1], _ROWS):
+        out += X[..., rows, :].mT @ C[..., rows, :].double()
+    return out.mT
 
 
 def combinations(K: Tensor) -> Tensor:

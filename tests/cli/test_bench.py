@@ -52,6 +52,18 @@ def test_a_failed_check_is_status_1(run: Command, monkeypatch: pytest.MonkeyPatc
     assert "wrong: small_solve by torch: at batch 5, n 7, k 3: error 1.0e+00" in done.out
 
 
+def test_solve(run: Command) -> None:
+    done = run("bench", "solve", "--d", "128", "--n", "8", "--device", "cpu", "--json")
+    assert done.status == 0, done.err
+    assert done.json["check"] == "passed"
+    assert len(done.json["rows"]) == 3
+    shown = run("bench", "solve", "--d", "128", "--n", "8", "--device", "cpu")
+    assert "check passed: condition at least" in shown.out
+    assert "alphaedit: push-through" in shown.out
+    wrong = run("bench", "solve", "--d", "128", "--n", "32")
+    assert complaint(wrong) == "--n 32: expected fewer than a quarter of --d 128; more are solved as one dense system"
+
+
 def test_gpu_rehearsal(run: Command, tmp_path: Path) -> None:
     done = run("bench", "gpu", "--rehearse", "--only", "small_solve", "--out", tmp_path / "out", "--json")
     assert done.status == 0, done.err
