@@ -103,13 +103,15 @@ class EditedWeights:
         """Weights as they were before the last update, bit for bit: the sum is made again without it."""
         for name in self.updates[-1]:
             self._check_untouched(name)
-        gone = self.updates.pop()
-        for name in gone:
-            total: Tensor | None = None
-            for update in self.updates:
+        totals: dict[str, Tensor | None] = {}  # all of them before any weight changes
+        for name in self.updates[-1]:
+            totals[name] = None
+            for update in self.updates[:-1]:
                 if name in update:
-                    total = self._add(name, total, update[name])[1]
+                    totals[name] = self._add(name, totals[name], update[name])[1]
+        for name, total in totals.items():
             self._restore(name, total)
+        self.updates.pop()
 
     def lost_to_rounding(self) -> dict[str, float]:
         """Weight name -> relative Frobenius norm of what the weight's dtype lost of all updates together."""

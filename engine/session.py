@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import __version__
@@ -100,7 +101,7 @@ class EditSession:
         self._corpus = corpus
         self._moments: dict[int, Tensor] = {}
         self._derived: dict[tuple[int, str], Any] = {}
-        self._states: list[Any] = []  # what the method left after each edit
+        self._state: Any = None  # what the method's last edit left
         self._statistics: dict[str, dict[str, Any]] = {}
 
     def edit(self, facts: Sequence[Fact], evaluate: bool = True, skipped: Sequence[InvalidFact] = ()) -> Edit:
@@ -118,7 +119,7 @@ class EditSession:
         with using(self.impl), recording() as served:
             edit, state = self._edit(facts, evaluate, skipped, served)
         self.edits.append(edit)
-        self._states.append(state)
+        self._state = state
         return edit
 
     def _edit(
@@ -138,7 +139,7 @@ class EditSession:
                 self._derive,
                 put,
                 phases,
-                self._states[-1] if self._states else None,
+                self._state,
                 self.batch_size,
             )
             self.method.check(job)  # what can be refused is refused before the long work
@@ -169,9 +170,10 @@ class EditSession:
             raise InputError(f"no edit {identity!r} in this session; it has {', '.join(names) or 'none'}")
         if identity != names[-1]:
             raise InputError(f"edit {identity!r} is not the last one ({names[-1]!r} is): undo that first")
-        self.weights.undo_last()
-        self.edits.pop()
-        self._states.pop()
+        with using(self.impl):  # the same sums to the last bit
+            self.weights.undo_last()
+        gone = self.edits.pop()
+        self._state = self.method.forget(self._state, len(gone.facts))
 
     @property
     def delta(self) -> Delta:
@@ -240,13 +242,17 @@ class EditSession:
         return {layer: self._moments[layer] for layer in layers}
 
     def _derive(self, layer: int, name: str, make: Callable[[Tensor], Any]) -> Any:
-        """What is made of a layer's C on the model's device; kept for the next edit while memory is plentiful."""
+        """What is made of a layer's C, on the layer's device; kept there or on the CPU while memory is plentiful."""
+        weight = self.model.projection(layer).weight
+        assert isinstance(weight, Tensor)
         if (layer, name) in self._derived:
-            return self._derived[layer, name]
-        C = self._moments[layer].to(self.model.device)
-        made = make(C)
-        if free_bytes(self.model.device) > KEEP * 8 * C.numel():
-            self._derived[layer, name] = made
+            return self._derived[layer, name].to(weight.device)
+        C = self._moments[layer]
+        made = make(C.to(weight.device))
+        for place in dict.fromkeys((weight.device, torch.device("cpu"))):
+            if free_bytes(place) > KEEP * 8 * C.numel():
+                self._derived[layer, name] = made.to(place)
+                break
         return made
 
     def _encode(self, texts: list[str]) -> list[list[int]]:

@@ -52,4 +52,8 @@ def edit(job: Job) -> Outcome:
     return Outcome(outcome.update, outcome.facts, outcome.layers, grown)
 
 
-METHOD = Method("alphaedit", AlphaEditHparams, check, edit)
+def forget(state: dict[int, KeySystem], facts: int) -> dict[int, KeySystem]:
+    return {layer: system.without_last(facts) for layer, system in state.items()}
+
+
+METHOD = Method("alphaedit", AlphaEditHparams, check, edit, forget)

@@ -53,12 +53,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """check: raises `InputError` for what cannot be edited, before the long work; edit: does it, through `job.put`."""
+    """check: raises `InputError` for what cannot be edited, before the long work; edit: does it, through `job.put`;
+    forget: (state, n) -> the state without its last n facts, for an undone edit."""
 
     name: str
     hparams: type[Hparams]
     check: Callable[[Job], None]
     edit: Callable[[Job], Outcome]
+    forget: Callable[[Any, int], Any] = lambda state, facts: None
 
 
 _METHODS = {"memit": "memit", "alphaedit": "alphaedit"}  # name -> module beside this one, which has `METHOD`

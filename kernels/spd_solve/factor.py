@@ -30,6 +30,9 @@ class Factor:
     def dtype(self) -> str:
         return str(self.L.dtype).removeprefix("torch.")
 
+    def to(self, device: torch.device) -> "Factor":
+        return Factor(self.L.to(device), self.scale.to(device), self.condition)
+
     def half_solve(self, B: Tensor) -> Tensor:
         """``V = L⁻¹ S B``: [..., n, k] in L's dtype, so that ``Vᵀ V = Bᵀ A⁻¹ B``."""
         return torch.linalg.solve_triangular(self.L, (self.scale * B).to(self.L.dtype), upper=False)
@@ -57,18 +60,22 @@ def factorize(A: Tensor, dtype: torch.dtype | None = None) -> Factor:
 
     A: [..., n, n] fp32 or fp64, symmetric positive definite, both triangles filled (``gram.mirror_``); leading
         dimensions are independent matrices (layers, lambdas)
-    dtype: float64, float32, or None: what is fast where A is
+    dtype: float64, float32, or None: what is fast where A is, and float64 where that breaks down
 
     Memory: two [..., n, n] of ``dtype``, and blocks of rows.
     Raises InputError: shape or dtype is not as above, NaN or infinity in A, A not symmetric.
     Raises SolveError: A is not positive definite.
     Source: Jacobi scaling is within a factor n of the best diagonal scaling (van der Sluis 1969).
     """
-    dtype = dtype or fast_dtype(A.device)
-    factor, broke = try_factor(A, checked_scale(A), dtype)
-    if broke:
-        raise broken(A, broke, dtype)
-    return factor
+    if dtype not in (None, torch.float32, torch.float64):
+        raise InputError(f"factorize: dtype={dtype}; expected torch.float32 or torch.float64")
+    scale = checked_scale(A)
+    attempts = (dtype,) if dtype else tuple(dict.fromkeys((fast_dtype(A.device), torch.float64)))
+    for attempt in attempts:
+        factor, broke = try_factor(A, scale, attempt)
+        if not broke:
+            return factor
+    raise broken(A, broke, attempts[-1])
 
 
 def try_factor(A: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Factor, int]:
@@ -94,20 +101,29 @@ def broken(A: Tensor, row: int, dtype: torch.dtype) -> SolveError:
 
 def checked_scale(A: Tensor) -> Tensor:
     """diag(A)^-1/2 as ``[..., n, 1] fp64``, once everything that can be known before factoring has been checked."""
-    if A.ndim < 2 or A.shape[-1] != A.shape[-2] or not A.numel() or A.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"spd_solve: A is {list(A.shape)} {A.dtype}; expected [..., n, n] in float32 or float64")
-    refuse_nonfinite(A, "A")
+    check_matrix(A)
     diagonal = A.diagonal(dim1=-2, dim2=-1).double()
     dead = (diagonal <= 0).nonzero()
     if len(dead):
         what = f"{len(dead)} of {diagonal.numel()} diagonal elements are not positive, the first in row {dead[0, -1]}"
         raise SolveError(f"A is not positive definite: {what}", torch.nan, torch.inf)
     scale = diagonal.rsqrt()[..., None]
+    refuse_asymmetric(A, scale)
+    return scale
+
+
+def check_matrix(A: Tensor) -> None:
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2] or not A.numel() or A.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"spd_solve: A is {list(A.shape)} {A.dtype}; expected [..., n, n] in float32 or float64")
+    refuse_nonfinite(A, "A")
+
+
+def refuse_asymmetric(A: Tensor, scale: Tensor) -> None:
+    """scale: [..., n, 1] fp64, diag(A)^-1/2: what the difference of the triangles is measured by."""
     for rows in blocks(A.shape[-1]):
         skew = (A[..., rows, :].double() - A[..., rows].mT.double()).abs_().mul_(scale[..., rows, :]).mul_(scale.mT)
         if float(skew.max()) > _ASYMMETRY:
             raise InputError("spd_solve: A is not symmetric; was only one triangle filled (gram.mirror_)?")
-    return scale
 
 
 def refuse_nonfinite(matrix: Tensor, name: str) -> None:

@@ -1,13 +1,13 @@
 """The null space of C, and AlphaEdit's update in it, in the number of keys instead of the number of dimensions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .dense import relative_norm
-from .factor import checked_scale, refuse_nonfinite
+from .factor import check_matrix, refuse_asymmetric, refuse_nonfinite
 from .info import TOLERANCE, SolveError, SolveInfo
 from .woodbury import combinations
 
@@ -34,6 +34,9 @@ class NullSpace:
         part = (X @ self.basis) @ self.basis.T
         return X - part if self.complement else part
 
+    def to(self, device: torch.device) -> "NullSpace":
+        return replace(self, basis=self.basis.to(device))
+
     def dense(self) -> Tensor:
         """P: [d, d] fp64."""
         return self.project(torch.eye(len(self.basis), dtype=torch.float64, device=self.basis.device))
@@ -48,7 +51,9 @@ def null_space(C: Tensor, threshold: float) -> NullSpace:
     Raises InputError: C is not symmetric or not finite; the threshold leaves nothing of C on one of its sides.
     Source: AlphaEdit (Fang et al. 2025, arXiv 2410.02355), eq. 7: P = U Uᵀ.
     """
-    checked_scale(C)
+    check_matrix(C)
+    # a coordinate that never fires has a zero row: as null as can be
+    refuse_asymmetric(C, C.diagonal().double().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[:, None])
     values, vectors = torch.linalg.eigh(C.double())
     rank = int((values < threshold).sum())
     if not 0 < rank < len(values):
@@ -86,6 +91,11 @@ class KeySystem:
         corner = X @ X.T
         corner.diagonal().add_(self.ridge)
         return KeySystem(torch.cat([self.X, X]), append_cholesky(self.L, X @ self.X.T, corner), self.ridge)
+
+    def without_last(self, n: int) -> "KeySystem":
+        """As before the last n keys came: a leading block of the factor is the factor of the leading block."""
+        N = len(self.X) - n
+        return KeySystem(self.X[:N], self.L[:N, :N], self.ridge)
 
 
 @torch.no_grad()
@@ -142,8 +152,9 @@ def push_through(
     system = before.append(X)
     L, n = system.L, len(K)
     # the right-hand sides are the last n unit vectors: their forward solution ends in the inverse of the last block
-    last = torch.linalg.solve_triangular(L[-n:, -n:], torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
-    T = torch.linalg.solve_triangular(L.mT, torch.cat([L.new_zeros(len(L) - n, n), last]), upper=True)
+    N = len(L) - n
+    last = torch.linalg.solve_triangular(L[N:, N:], torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
+    T = torch.linalg.solve_triangular(L.mT, torch.cat([L.new_zeros(N, n), last]), upper=True)
     Xt = T.T @ system.X
     B, S = X, Xt
     if not full:

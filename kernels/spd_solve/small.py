@@ -15,9 +15,10 @@ def small_factor_solve(A: Tensor, B: Tensor, scale: Tensor) -> tuple[Factor, Ten
     A: [..., n, n] fp32 or fp64, n <= 32; B: [..., n, k] fp64; scale: [..., n, 1] fp64, diag(A)^-1/2
     """
     n, k = B.shape[-2:]
-    scaled = (scale * A.double() * scale.mT).reshape(-1, n, n)
-    L, Y, status = operation(scaled.contiguous(), (scale * B).reshape(-1, n, k).contiguous())
-    first = int(status.max())
+    batch = A.shape[:-2].numel()
+    scaled = (scale * A.double() * scale.mT).reshape(batch, n, n)
+    L, Y, status = operation(scaled.contiguous(), (scale * B).reshape(batch, n, k).contiguous())
+    first = next((row for row in status.tolist() if row), 0)  # the one wait for the device
     pivots = L.diagonal(dim1=-2, dim2=-1)
     condition = float("inf") if first else float((pivots.amax(-1) / pivots.amin(-1)).max() ** 2)
     factor = Factor(L.reshape(A.shape), scale, condition)

@@ -46,11 +46,11 @@ def woodbury(
     weights = torch.as_tensor(weight, dtype=torch.float64, device=K.device)
     if weights.ndim > 1 or not bool((weights > 0).all()):
         raise InputError(f"woodbury: weight is {weight}; expected a positive number, or [g] of them")
-    refuse_nonfinite(K, "K")
+    _refuse_keys("woodbury", K)
     K = K.double()
     V = factor.half_solve(K.mT)
     Y = factor.other_half(V)
-    gram = (V.mT @ V).double()  # K C⁻¹ Kᵀ
+    gram = V.double().mT @ V.double()  # K C⁻¹ Kᵀ
     lambdas = weights.reshape(-1, *[1] * C.ndim)
     identity = torch.eye(K.shape[-2], dtype=torch.float64, device=K.device)
     inner = gram + lambdas * identity  # [g, ..., n, n]
@@ -115,9 +115,11 @@ def rls_step_(Q: Tensor, K: Tensor) -> tuple[Tensor, SolveInfo]:
     K: [n, d] any floating dtype, keys, one a row
 
     Returns the gain ``Q Kᵀ`` with the new Q, transposed, ``[n, d]`` in Q's dtype, and the SolveInfo of its n by n
-    system. Q stays exactly symmetric. An inverse in fp32 drifts: refresh it now and then.
+    system. Q stays exactly symmetric. The step is fp64 (two [d, d] of it in memory) and rounded once, to Q's dtype; an
+    inverse in fp32 drifts by that rounding: refresh it now and then.
 
-    Raises InputError: shapes, dtypes or devices do not fit, NaN or infinity in K.
+    Raises InputError: shapes, dtypes or devices do not fit, no key, NaN or infinity in K.
+    Raises SolveError (an InputError): Q would lose its positive diagonal; it is as it was then.
     Source: Woodbury 1950; Haykin, Adaptive Filter Theory, ch. 10, for n keys at once.
     """
     if Q.ndim != 2 or Q.shape[0] != Q.shape[1] or Q.dtype not in (torch.float32, torch.float64):
@@ -126,14 +128,24 @@ def rls_step_(Q: Tensor, K: Tensor) -> tuple[Tensor, SolveInfo]:
         raise InputError(
             f"rls_step_: K is {list(K.shape)} {K.dtype} on {K.device}; expected [n, {len(Q)}], floating, on {Q.device}"
         )
-    refuse_nonfinite(K, "K")
-    K = K.to(Q.dtype)
-    U = K @ Q
+    _refuse_keys("rls_step_", K)
+    K, old = K.double(), Q.double()
+    U = K @ old
     inner = U @ K.T
     inner = (inner + inner.T) / 2
     inner.diagonal().add_(1)
     gain, info = spd_solve(inner, U)
-    gain = gain.to(Q.dtype)
-    Q.addmm_(U.T, gain, alpha=-1)
+    new = torch.addmm(old, U.T, gain, alpha=-1)
+    if not bool((new.diagonal() > 0).all()):
+        raise SolveError(
+            "the new inverse is not positive: these keys pass its precision", info.residual, info.condition
+        )
+    Q.copy_(new)
     mirror_(Q)
-    return gain, info
+    return gain.to(Q.dtype), info
+
+
+def _refuse_keys(what: str, K: Tensor) -> None:
+    refuse_nonfinite(K, "K")
+    if not K.shape[-2]:
+        raise InputError(f"{what}: K is {list(K.shape)}; expected at least one key")

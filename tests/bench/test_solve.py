@@ -31,14 +31,16 @@ def test_one_call_is_faster_than_a_loop():
     assert row["ratio"] > 2
 
 
-def test_a_wrong_solution_has_no_rows(monkeypatch: pytest.MonkeyPatch):
-    right = solve.woodbury
+@pytest.mark.parametrize("factor", [1 + 1e-6, float("nan")])
+@pytest.mark.parametrize("name", ["woodbury", "push_through", "spd_solve"])
+def test_a_wrong_solution_has_no_rows(monkeypatch: pytest.MonkeyPatch, name: str, factor: float):
+    right = getattr(solve, name)
 
     def wrong(*args):
-        Xt, info = right(*args)
-        return Xt * (1 + 1e-6), info
+        X, *rest = right(*args)
+        return X * factor, *rest
 
-    monkeypatch.setattr(solve, "woodbury", wrong)
+    monkeypatch.setattr(solve, name, wrong)
     result = solve.bench_solve(200, 12)
     assert result["check"] == "failed"
     assert result["rows"] == []

@@ -18,6 +18,7 @@ from rewire.engine.facts import Fact, InvalidFact
 from rewire.engine.model import demo_file
 from rewire.engine.passes import continuations
 from rewire.kernels.errors import InputError
+from rewire.kernels.requantize_add import requantize_add
 from rewire.kernels.spd_solve import SolveError
 from weights import CONTEXTS, FAST, changed, equal, session_on, state
 
@@ -79,6 +80,30 @@ def test_a_float64_model_stays_one(demo: rewire.Model, facts: list[Fact], method
     assert (change - factors.dense()).norm() < 1e-7 * change.norm()  # the weight did not pass through float32
     session.undo(edit.id)
     assert changed(demo, before) == set()
+
+
+def test_an_undo_that_fails_changes_nothing(
+    demo: rewire.Model, facts: list[Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_on(demo)
+    session.edit(facts[:2], evaluate=False)
+    second = session.edit(facts[2:4], evaluate=False)
+    held, calls = state(demo), []
+
+    def short_of_memory(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return requantize_add(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rewire.engine.delta.requantize_add", short_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            session.undo(second.id)
+    assert changed(demo, held) == set()
+    assert len(session.edits) == len(session.delta.updates) == 2
+    session.undo(second.id)
+    assert len(session.edits) == len(session.delta.updates) == 1
 
 
 def test_only_the_last_edit_can_be_undone(demo: rewire.Model, facts: list[Fact]) -> None:

@@ -135,3 +135,18 @@ def test_the_engine_runs_on_the_kernels(
             for name, factors in update.items():
                 put(name, factors)
         assert torch.allclose(score(model, rows)[0], scores[2 * number : 2 * number + 2], atol=1e-4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in its own process")
+def test_an_undo_is_computed_by_what_computed_the_edit(tiny: rewire.Model, corpus: Path) -> None:
+    """Left to itself the interpreter would serve the undo, with other sums in the last bit."""
+    model = copy.deepcopy(tiny)
+    session = EditSession(model, hparams=OF["memit"], corpus=corpus, contexts=CONTEXTS, impl="torch")
+    session.edit(FACTS[:1], evaluate=False)
+    between = {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
+    second = session.edit(FACTS[1:], evaluate=False)
+    with recording() as served:
+        session.undo(second.id)
+    assert {impl for _, impl in served} == {"torch"}
+    assert all(torch.equal(tensor, between[name]) for name, tensor in model.hf.state_dict().items())

@@ -243,6 +243,57 @@ def test_recursive_least_squares_is_the_inverse_of_the_sum(dtype):
         rls_step_(Q, K[:3, :-1].to(dtype))
 
 
+def test_a_step_that_fp32_cannot_hold_is_refused_and_changes_nothing():
+    Q = torch.full((1, 1), 1e30)
+    before = Q.clone()
+    with pytest.raises(SolveError, match="not positive"):
+        rls_step_(Q, torch.full((1, 1), 1e15))
+    assert torch.equal(Q, before)
+    Q = 1e6 * torch.eye(D)
+    K = 100 * keys(2)
+    rls_step_(Q, K.float())
+    # the reference inverts a matrix of condition 1e11
+    assert relative(Q, reference.rls(1e6 * torch.eye(D), K.float())) < 1e-4
+
+
+def test_no_keys_and_other_precisions_are_named(C):
+    factor = factorize(C)
+    with pytest.raises(InputError, match=r"woodbury: K is \[0, 300\]; expected at least one key"):
+        woodbury(factor, C, torch.zeros(0, D), 1.0)
+    with pytest.raises(InputError, match=r"rls_step_: K is \[0, 300\]"):
+        rls_step_(torch.eye(D), torch.zeros(0, D))
+    with pytest.raises(InputError, match=r"factorize: dtype=torch\.float16"):
+        factorize(C, torch.float16)
+    space = null_space(C, 2e-2)
+    _, system, _ = push_through(space, keys(3), KeySystem.empty(D, 1.0))
+    Xt, same, _ = push_through(space, torch.zeros(0, D), system)
+    assert Xt.shape == (0, D)
+    assert torch.equal(same.L, system.L)
+    assert spd_solve(torch.eye(4, dtype=torch.float64), torch.zeros(4, 0))[0].shape == (4, 0)
+
+
+def test_keys_are_forgotten_without_a_copy(C):
+    space = null_space(C, 2e-2)
+    first = KeySystem.empty(D, 1.0).append(space.project(keys(20)))
+    both = first.append(space.project(keys(7, seed=1)))
+    again = both.without_last(7)
+    assert torch.equal(again.X, first.X)
+    assert relative(again.L, first.L) < 1e-12
+    assert again.X.untyped_storage().data_ptr() == both.X.untyped_storage().data_ptr()
+    grown = again.append(space.project(keys(7, seed=1)))
+    assert relative(grown.L, both.L) < 1e-12
+
+
+def test_a_unit_that_never_fires_is_null():
+    C = torch.diag(torch.tensor([0.0, 1e-3, 1.0, 2.0]))
+    space = null_space(C, 1e-2)
+    assert space.rank == 2
+    assert torch.allclose(space.dense(), torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)))
+    C[0, 2] = 1e-3
+    with pytest.raises(InputError, match="not symmetric"):
+        null_space(C, 1e-2)
+
+
 def test_64_small_systems_are_one_call():
     half = torch.randn(64, 32, 40, dtype=torch.float64)
     with recording() as served:
