@@ -35,11 +35,12 @@ class Factor:
 
     def half_solve(self, B: Tensor) -> Tensor:
         """``V = L⁻¹ S B``: [..., n, k] in L's dtype, so that ``Vᵀ V = Bᵀ A⁻¹ B``."""
-        return torch.linalg.solve_triangular(self.L, (self.scale * B).to(self.L.dtype), upper=False)
+        scaled = (self.scale * B).to(self.L.dtype)
+        return torch.linalg.solve_triangular(self.L, scaled, upper=False, out=scaled)  # in place: fresh memory is slow
 
     def other_half(self, V: Tensor) -> Tensor:
         """``S L⁻ᵀ V``: [..., n, k] fp64: ``other_half(half_solve(B)) = A⁻¹ B``."""
-        return self.scale * torch.linalg.solve_triangular(self.L.mT, V, upper=True).double()
+        return torch.linalg.solve_triangular(self.L.mT, V, upper=True).double().mul_(self.scale)
 
     def solve(self, B: Tensor) -> Tensor:
         """``A⁻¹ B``: [..., n, k] fp64, as good as the factor; nothing is checked."""
