@@ -22,7 +22,7 @@ class Job:
 
     contexts: generated context templates
     moments: layers -> C of each ([d_in, d_in] float32, mean of k kᵀ on the unedited model); collected when first asked
-    derived: (layer, name, make) -> make(C on the layer's device): a factor, a null space; kept while memory is plentiful
+    derived: (layer, name, make) -> make(C on the layer's device): a factor, a null space; kept while there is memory
     put: writes one weight's update provisionally and returns the share lost to rounding; kept only if the edit is whole
     state: what the method's last edit of this session left (`Outcome.state`), None before the first
     batch_size: facts whose values are optimised at once, None: from the free memory
