@@ -46,7 +46,9 @@ setup(
         "torch>=2.11",
         f"triton>=3.6; {LINUX}",
         "transformers>=5",
+        "accelerate>=1",
         "safetensors>=0.5",
+        "huggingface_hub>=1.0",
         "numpy>=1.26",
         "pydantic>=2.8",
         "pyyaml>=6",
@@ -56,7 +58,7 @@ setup(
         f"bitsandbytes>=0.46; {LINUX}",
     ],
     extras_require={
-        "corpora": ["datasets>=3"],
+        "corpora": ["datasets>=3", "pyarrow>=15"],
         "plot": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
@@ -64,6 +66,7 @@ setup(
             "pytest-xdist>=3",
             "hypothesis>=6",
             "matplotlib>=3.8",
+            "pyarrow>=15",
             "ruff>=0.9",
             "mypy>=1.13",
             "types-PyYAML",

@@ -4,7 +4,7 @@ Below the command line this needs torch only.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -103,6 +103,13 @@ def ceilings_of(rows: list[Found]) -> Ceilings:
     products = {getattr(torch, row["dtype"]): row["rate"] for row in good if row["name"] == "product"}
     copies = [row["rate"] for row in good if row["name"] == "copy"]
     return Ceilings(products, copies[0] if copies else math.nan, rows)
+
+
+def quick(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 0.1) -> Ceilings:
+    """Of products in these dtypes and the copy, at one size each, `seconds` each."""
+    n = 4096 if device.type == "cuda" else 1024
+    sizes = Sizes(products=dict.fromkeys(dtypes, n), copy=2**31 if device.type == "cuda" else 2**27, seconds=seconds)
+    return ceilings_of(list(measure_products(sizes, device)))
 
 
 # (timing, work of a call: FLOPs or bytes, the error found, its bound)

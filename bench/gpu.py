@@ -1,7 +1,8 @@
-"""`rewire bench gpu`: one command for a machine with a GPU. Gates C, ceilings, all kernels at real shapes, tuning.
+"""`rewire bench gpu`: one command for a machine with a GPU. Gates C, ceilings, all kernels at real shapes, statistics,
+tuning.
 
-Needs torch, Triton and NumPy only: ``python -m rewire.bench.gpu --out DIR``. What was done is on disk after every
-section; what did not fit the budget is listed.
+Needs torch, Triton and NumPy only (statistics also transformers): ``python -m rewire.bench.gpu --out DIR``. What was
+done is on disk after every section; what did not fit the budget is listed.
 """
 
 import argparse
@@ -25,16 +26,19 @@ from . import table
 from .ceilings import LARGE, TINY, Ceilings, ceilings_of, measure_factors, measure_products, reason_of
 from .check import Shape, Subject
 from .gpu_report import markdown
+from .gpu_statistics import LLAMA3_8B, measure_statistics
+from .gpu_statistics import TINY as TINY_LLAMA
 from .kernels import OURS, Bench, Listener, choose, drawn, gate, groups_of, silent, sorted_out, words
 from .operations import subjects
 from .table import Row
-from .targets import judge
+from .targets import judge, judge_statistics
 from .timing import measure, rotation
 
 BUDGET = 540.0  # seconds: inside ten minutes with the start of the program
 # until what share of the budget a section may begin something new; what it leaves falls to the next
-UNTIL = {"gates": 0.35, "ceilings": 0.5, "kernels": 0.8, "tuning": 1.0}
+UNTIL = {"gates": 0.35, "ceilings": 0.5, "kernels": 0.8, "statistics": 0.85, "tuning": 1.0}
 LATE = "not measured (budget)"
+STATISTICS = "statistics"  # in `only`
 
 
 @dataclass
@@ -63,7 +67,7 @@ def bench_gpu(
 
     out: folder for gpu.json, gpu.md, kernels.csv and tuned.json, all renamed into place after every section
     budget: seconds; nothing new is begun after that
-    only: names of operations; default: all
+    only: names of operations, or "statistics"; default: all
     rehearse: walk all of it on the CPU, at small shapes: figures of a rehearsal say nothing about a GPU
     found: instead of the registered subjects
 
@@ -79,12 +83,16 @@ def bench_gpu(
         )
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: a file; expected a folder, or a new name")
-    chosen = choose(subjects() if found is None else found, only)
+    names = [name for name in only if name != STATISTICS]
+    chosen = choose(subjects() if found is None else found, names) if names or not only else []
     if rehearse:
         chosen = [replace(subject, small=subject.odd[:2]) for subject in chosen]
     device = torch.device("cpu" if rehearse else "cuda")
     run = Run(out, device, chosen, clock, rehearse, listener)
-    for section in (run.gates, run.ceilings, run.kernels, run.tuning):
+    sections = [run.gates, run.ceilings, run.kernels, run.tuning]
+    if STATISTICS in only or (not only and found is None):
+        sections.insert(3, run.statistics)
+    for section in sections:
         try:
             section()
             if device.type == "cuda":
@@ -115,7 +123,7 @@ class Run:
         listener: Listener,
     ) -> None:
         self.out, self.device, self.chosen, self.clock, self.listener = out, device, chosen, clock, listener
-        self.sizes = TINY if rehearse else LARGE
+        self.sizes, self.load = (TINY, TINY_LLAMA) if rehearse else (LARGE, LLAMA3_8B)
         seconds, cache = (0.02, 2**20) if rehearse else (0.2, None)
         self.bench = Bench(device, Ceilings(), seconds, cache)
         self.rows: list[Row] = []
@@ -131,6 +139,7 @@ class Run:
             "not_measured": [],
             "wrong": [],
             "targets": [],
+            "statistics": None,
             "tuning": [],
             "tuned": {},
         }
@@ -141,7 +150,8 @@ class Run:
         self.report["gates"] = self._passed()
         if any(gate["result"] == "wrong" for gate in self.report["gates"]):
             self.report["check"] = "failed"
-        self.report["targets"] = judge(self.rows, [subject.name for subject in self.chosen])
+        targets = judge(self.rows, [subject.name for subject in self.chosen])
+        self.report["targets"] = targets + judge_statistics(self.report["statistics"])
         table.write_text(self.out / "gpu.json", json.dumps(self.report, indent=1) + "\n")
         table.write_text(self.out / "gpu.md", markdown(self.report))
         table.write_text(self.out / "tuned.json", json.dumps(self.report["tuned"], indent=1) + "\n")
@@ -203,6 +213,19 @@ class Run:
             if number % 8 == 7:
                 self.save()
         self.listener("kernels", len(groups), len(groups))
+
+    def statistics(self) -> None:
+        """One pass over documents, through the first blocks of a large model."""
+        self.listener("statistics", 0, 1)
+        if self.clock.late("statistics"):
+            row: dict[str, Any] = {"name": "statistics", "status": "not measured", "note": LATE}
+        else:
+            row = measure_statistics(self.load, self.device, self.bench.ceilings)
+        self.report["statistics"] = row
+        if row["status"] == "wrong":
+            self.report["check"] = "failed"
+        self._alive()
+        self.listener("statistics", 1, 1)
 
     def tuning(self) -> None:
         """Every configuration that a kernel may pick, right on the odd shapes first, then timed beside the others."""
@@ -353,12 +376,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done; 1 something is wrong or broken; 2 wrong input."""
     parser = argparse.ArgumentParser(
         prog="python -m rewire.bench.gpu",
-        description="Gates C, ceilings, kernels and tuning on a GPU.",
+        description="Gates C, ceilings, kernels, statistics and tuning on a GPU.",
         epilog="Example: python -m rewire.bench.gpu --out gpu-report",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, gpu.md, kernels.csv, tuned.json")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds (default: %(default)s)")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="one operation; may be repeated")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="one operation, or statistics")
     parser.add_argument("--rehearse", action="store_true", help="walk all of it on the CPU at small shapes")
     options = parser.parse_args(arguments)
     try:

@@ -22,7 +22,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
     ]
     lines += _gates(report["gates"]) + _ceilings(report["ceilings"]) + _targets(report["targets"])
-    lines += _rows(report["rows"]) + _tuning(report["tuning"]) + _missing(report)
+    lines += _rows(report["rows"]) + _statistics(report["statistics"])
+    lines += _tuning(report["tuning"]) + _missing(report)
     return "\n".join(lines)
 
 
@@ -77,6 +78,23 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         *("times plain torch", "peak MiB"),
     )
     return ["## Kernels", "", *_table(head, cells)] if cells else []
+
+
+def _statistics(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None:
+        return []
+    if row["status"] != "measured":
+        return ["## Statistics", "", f"{row['status']}: {row['note']}", ""]
+    peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+    cells = (
+        row["model"], _shape(row["shape"]), f"{row['seconds']:.3g}", f"{row['tokens_per_second']:,.0f}",
+        _number(row["floor_fraction"]), _number(row["streaming_fraction"]), f"{row['projected_seconds']:.4g}", peak,
+    )  # fmt: skip
+    head = (
+        *("model, bfloat16", "shape", "seconds", "tokens/s", "of the floor", "the same, without what is done once"),
+        *(f"seconds for {row['projected_tokens'] / 1e6:.0f} M tokens (projected)", "peak GiB"),
+    )
+    return ["## Statistics", "", *_table(head, [cells])]
 
 
 def _tuning(entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -63,6 +63,21 @@ TARGETS: Mapping[str, tuple[Target, ...]] = {
 }
 
 
+STATISTICS = {"d": 14336, "layers": 5, "tokens": 1_000_000}  # Llama-3-8B, layers 4 to 8
+FRACTION = 0.7
+
+
+def judge_statistics(row: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Of the statistics section's row, None where it was not asked for: the share of the floor."""
+    if row is None:
+        return []
+    fits = row.get("shape") == STATISTICS and row["status"] == "measured"
+    found = row["floor_fraction"] if fits else None
+    result = "not measured" if found is None else "met" if found >= FRACTION else "missed"
+    entry = {"name": "statistics", "target": "share of the floor", "dtype": "bfloat16", "shape": STATISTICS}
+    return [entry | {"bound": f"at least {FRACTION:g}", "result": result, "found": found}]
+
+
 def judge(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
     """One entry a target and shape of the operations in `names`: "met", "missed", or "not measured"."""
     found = []

@@ -14,21 +14,10 @@ from ..engine.model import Model
 from ..engine.passes import frozen
 from ..engine.phases import Tick
 from ..engine.values import STOP_LOSS, optimise_values
-from ..kernels.floors import ModelShape
 from .serial import serial_value
 
 TOLERANCE = 1e-3  # relative, of each fact's z
 NEAR_TIE = 1e-3  # of the stop: a rounding error decides about one more step, so such facts are listed, not compared
-
-
-def model_shape(model: Model) -> ModelShape:
-    """What `kernels.floors` needs to know of a model."""
-    config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    matrices = [p for p in model.block(0).parameters() if p.dim() == 2]
-    anatomy = model.anatomy
-    return ModelShape(anatomy.n_layers, sum(p.numel() for p in matrices), heads * width, anatomy.d_model, anatomy.vocab)
 
 
 def bench_values(

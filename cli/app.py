@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, demo, edit, evaluate, inspect, merge, presets
+from . import bench, demo, edit, evaluate, inspect, merge, plan, presets, stats
 
 app = typer.Typer(
     name="rewire",
@@ -31,5 +31,7 @@ app.command("edit")(edit.edit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
 app.command("presets")(presets.presets)
+app.add_typer(stats.stats, name="stats")
 app.add_typer(bench.bench, name="bench")

@@ -62,6 +62,50 @@ def values(
         raise typer.Exit(1)
 
 
+@bench.command("stats")
+def stats(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Default: GPT-2 small's shape, random weights.")
+    ] = None,
+    corpus: Annotated[str | None, typer.Argument(metavar="[CORPUS]", help="Default: the demo's text.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 3,4,5; default: those of MEMIT's preset.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of whole documents, about.")] = 16384,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="Of the forward: float32 or bfloat16; default: both.")
+    ] = None,
+    device: common.Device = "auto",
+    json: common.Json = False,
+) -> None:
+    """Second moments of several layers in one pass against the published structure, checked element by element.
+
+    Example: rewire bench stats gpt2-xl paragraphs.json --layers 13,14,15,16,17 --tokens 100000
+    """
+    from ..bench.about import find_dtype
+    from ..bench.stats import BOUNDS, RANDOM_LAYERS, bench_stats, random_gpt2, take_rows
+    from ..engine.model import demo_file, pick_device
+    from ..engine.statistics import parse_layers, wanted
+    from ..kernels.errors import InputError
+    from ..stats import read_corpus
+
+    text = read_corpus(corpus or demo_file("corpus.txt"))
+    kinds = [find_dtype(name) for name in dtype or ()] or list(BOUNDS)
+    if not set(kinds) <= set(BOUNDS):
+        raise InputError(f"--dtype {' '.join(dtype or ())}: expected float32 or bfloat16")
+    numbers = parse_layers(layers)
+    loaded = random_gpt2(pick_device(device)) if model is None else common.load(model, "float32", device)
+    usual = [loaded.anatomy.layer_name(layer) for layer in RANDOM_LAYERS] if model is None else None
+    names = usual if usual and numbers is None else wanted(loaded, numbers).modules
+    with common.bars() as listener:
+        rows = take_rows(text, loaded, tokens)
+        result = bench_stats(loaded, rows, names, kinds, progress=lambda done, total: listener("runs", done, total))
+    if json:
+        common.print_json(result)
+    else:
+        _statistics_table(result)
+    if result["check"] != "passed":
+        raise typer.Exit(1)
+
+
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="One operation; may be repeated.")]
 
 
@@ -87,7 +131,7 @@ def solve(
     if json:
         common.print_json(result)
     else:
-        console = Console() if sys.stdout.isatty() else Console(width=200)
+        console = common.console()
         condition = f"condition at least {result['condition']:.0e}, worst residual {result['worst']:.0e}"
         console.print(f"check {result['check']}: {condition}", highlight=False)
         table = Table("solve", "shape", "ms", "published ms", "ratio", "to its LU alone", "made before, s", "with it")
@@ -137,7 +181,7 @@ def gpu(
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Walk all of it on the CPU, at small shapes.")] = False,
     json: common.Json = False,
 ) -> None:
-    """On a GPU: gates C, the chip's ceilings, all kernels at real shapes, tuning; inside ten minutes.
+    """On a GPU: gates C, the chip's ceilings, all kernels at real shapes, statistics, tuning; inside ten minutes.
 
     Example: rewire bench gpu --out gpu-report
     """
@@ -175,7 +219,7 @@ def plot(
 
 
 def _kernels_table(result: dict[str, Any]) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = common.console()
     console.print(f"{result['about']['device']}: check {result['check']}", highlight=False)
     table = Table("operation", "provider", "dtype", "shape", "ms", "p20", "p80", "ratio", "of the floor", "peak MiB")
     for row in result["rows"]:
@@ -191,6 +235,26 @@ def _kernels_table(result: dict[str, Any]) -> None:
         reasons = dict.fromkeys((row["name"], row["provider"], row["note"]) for row in result[kind])
         for name, provider, note in reasons:
             print(f"{title}: {name} by {provider}: {note}")
+
+
+def _statistics_table(result: dict[str, Any]) -> None:
+    console = common.console()
+    console.print(f"{result['device']}, {result['model']}: check {result['check']}", highlight=False)
+    for dtype, error in result["errors"].items():
+        print(f"{dtype}: furthest from the published structure by {'NaN' if error is None else format(error, '.1e')}")
+    table = Table(
+        "forward", "tokens", "seconds", "published", "ratio", "tokens/s", "of the floor", "peak MiB", "published"
+    )
+    for row in result["rows"]:
+        peaks = (f"{row[key] / 2**20:.0f}" for key in ("peak_bytes", "baseline_peak_bytes"))
+        fraction = "-" if row["floor_fraction"] is None else f"{row['floor_fraction']:.2f}"
+        table.add_row(
+            row["dtype"], str(row["shape"]["tokens"]), f"{row['seconds']:.2f}", f"{row['baseline_seconds']:.2f}",
+            f"{row['ratio']:.2f}", f"{row['tokens_per_second']:,.0f}", fraction, *peaks,
+        )  # fmt: skip
+    console.print(table)
+    if any(row["dtype"] == "bfloat16" and row["bf16_instructions"] is False for row in result["rows"]):
+        print("this processor has no bfloat16 instructions: they are computed by way of float32")
 
 
 def _table(result: dict[str, object]) -> None:

@@ -23,8 +23,9 @@ ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory or hub id; `demo` is the embedded one.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or balanced (GPUs, then CPU, then disk).")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or checkpoint (as stored).")]
+Quantize = Annotated[str | None, typer.Option(help="Quantise while loading: nf4, fp4 or int8 (not for edits).")]
 Impl = Annotated[str, typer.Option(help="What serves the kernels: auto, torch or triton.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampled context templates.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N records only.")]
@@ -44,14 +45,14 @@ METRICS = (
 )
 
 
-def load(name: str, dtype: str, device: str) -> Model:
+def load(name: str, dtype: str, device: str, quantize: str | None = None) -> Model:
     """The model, without the libraries' own progress bars."""
     from transformers.utils import logging
 
     from ..engine.model import load
 
     logging.disable_progress_bar()
-    return load(name, dtype, device=device)
+    return load(name, dtype, quantize, device)
 
 
 def new_folder(path: Path) -> Path:
@@ -69,12 +70,18 @@ def new_folder(path: Path) -> Path:
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.1f}/s" if task.speed else "")
+        if not task.speed:
+            return Text("")
+        best = task.fields["best"]
+        return Text(f"{task.speed:,.1f}/s" + (f", {100 * task.speed / best:.0f} % of the floor" if best else ""))
 
 
 @contextmanager
-def bars() -> Iterator[Listener]:
-    """A listener that draws one bar a phase, with rate and time to go; silent where stdout is no terminal."""
+def bars(best: Mapping[str, float | None] | None = None) -> Iterator[Listener]:
+    """A listener that draws one bar a phase, with rate and time to go; silent where stdout is no terminal.
+
+    best: phase -> the rate that nothing passes, where it is known
+    """
     if not sys.stdout.isatty():
         yield silent
         return
@@ -84,10 +91,15 @@ def bars() -> Iterator[Listener]:
 
         def listen(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(phase.replace("_", " "), total=total)
+                tasks[phase] = progress.add_task(phase.replace("_", " "), total=total, best=(best or {}).get(phase))
             progress.update(tasks[phase], completed=done, total=total)
 
         yield listen
+
+
+def console() -> Console:
+    """A wide one where nobody's terminal sets the width: tables are not cut then."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

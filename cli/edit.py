@@ -22,6 +22,9 @@ def edit(
     corpus: Annotated[
         str | None, typer.Option(help="Text, JSONL, or `datasets` id to collect second moments over.")
     ] = None,
+    projections: Annotated[
+        Path | None, typer.Option(help="AlphaEdit: published null_space_project.pt instead of second moments.")
+    ] = None,
     contexts: common.Contexts = None,
     batch_size: common.BatchSize = None,
     limit: common.Limit = None,
@@ -54,8 +57,7 @@ def edit(
     check_names(kind, overrides)
     if stats is not None and not stats.is_dir():
         raise InputError(f"--stats {stats}: no such folder; expected one that holds second moments (.npz)")
-    if corpus is not None:
-        read_corpus(corpus)
+    text = None if corpus is None else read_corpus(corpus)
     wanted, skipped = scan_facts(facts, limit) if skip_invalid else (read_facts(facts, limit), [])
     if not wanted:
         raise InputError(f"{facts}: none of its facts can be edited; {skipped[0].where}: {skipped[0].reason}")
@@ -68,7 +70,8 @@ def edit(
             preset,
             stats,
             hparams=overrides,
-            corpus=corpus,
+            corpus=text,
+            projections=projections,
             contexts=templates,
             seed=seed,
             batch_size=batch_size,

@@ -19,6 +19,7 @@ def evaluate(
     ] = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     json: common.Json = False,
 ) -> None:
     """Measure success rates.
@@ -32,7 +33,7 @@ def evaluate(
     find_protocol(protocol)  # what can be known to be wrong is said before the model is loaded
     facts = read_facts(data, limit)
     change = None if delta is None else Delta.load(delta)
-    loaded = common.load(model, dtype, device)
+    loaded = common.load(model, dtype, device, quantize)
     if change is not None:
         change.apply(loaded)
     with common.bars() as listener:

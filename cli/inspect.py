@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..kernels.errors import InputError
 from . import common
 
 
@@ -13,6 +14,7 @@ def inspect(
     model: common.ModelName,
     device: common.Device = "cpu",
     dtype: common.Dtype = "checkpoint",
+    quantize: common.Quantize = None,
     json: common.Json = False,
 ) -> None:
     """Show where the edited parts of a model are, whether it can be edited, and with which preset.
@@ -21,21 +23,29 @@ def inspect(
     """
     from ..engine.editors.registry import find_method, method_names
     from ..engine.hparams import load_hparams
+    from ..engine.model import editable
     from ..engine.suffix import verify
 
-    loaded = common.load(model, dtype, device)
+    loaded = common.load(model, dtype, device, quantize)
     found: dict[str, object] = asdict(loaded.anatomy)
     found["edited_weight"] = loaded.anatomy.weight_name(0).replace(".0.", ".{}.")
-    found["parameters"] = sum(p.numel() for p in loaded.hf.parameters())
+    found["parameters"] = loaded.hf.num_parameters()  # type: ignore[operator]  # 4 bits are packed
     found["dtype"] = str(next(loaded.hf.parameters()).dtype).removeprefix("torch.")
+    found["quantized"] = loaded.quantized
     found["max_length"] = loaded.max_length
     found["fingerprint"] = loaded.fingerprint
+    refused = None
+    try:
+        editable(loaded)
+    except InputError as error:
+        refused = str(error)
     for name in method_names():
         kind = find_method(name).hparams
         hparams, source = load_hparams(kind, name, loaded.name, loaded.anatomy)
         found[f"preset for {name}"] = f"{source}, layers {list(hparams.layers)}"
-        verify(loaded, hparams.layers[-1])
-    found["checked"] = "replayed blocks give the model's own logits"
+        if refused is None:
+            verify(loaded, hparams.layers[-1])
+    found["checked"] = refused or "replayed blocks give the model's own logits"
     if json:
         common.print_json(found)
         return

@@ -7,7 +7,6 @@ checked by running it (`suffix.verify`).
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -97,7 +96,8 @@ def find_anatomy(hf: nn.Module) -> Anatomy:
         raise InputError(f"{config.model_type}: its MLP output projections have different widths: {sorted(found)}")
     d_in, d_out = found.pop()
     softcap = getattr(text, "final_logit_softcapping", None)
-    vocab = int(hf.get_submodule(head).weight.shape[0])  # type: ignore[index]
+    out: Any = hf.get_submodule(head)
+    vocab = int(out.out_features if isinstance(out, nn.Linear) else out.weight.shape[0])  # a packed weight has no shape
     return Anatomy(
         config.model_type, blocks, projection, post_norm, norm, head,
         len(stack), d_out, d_in, vocab, softcap, source,
@@ -105,13 +105,36 @@ def find_anatomy(hf: nn.Module) -> Anatomy:
 
 
 def _edited(projection: nn.Module) -> tuple[int, int]:
-    dtype = projection.weight.dtype
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    kind = stored_as(projection)
+    if kind is not None and type(projection) in (nn.Linear, Conv1D):  # which cannot even run on such a weight
         raise InputError(
-            f"the MLP output projection ({type(projection).__name__}) is stored as {str(dtype)[6:]}; "
-            "expected float32, bfloat16 or float16: quantised weights cannot be edited yet"
+            f"the MLP output projection ({type(projection).__name__}) is stored as {kind}; "
+            "expected float32, bfloat16 or float16, or a map that is made for quantised weights"
         )
     return widths(projection)
+
+
+def stored_as(module: nn.Module) -> str | None:
+    """How a linear map holds its weight where these are not plain numbers: "nf4", "fp4", "int8", ...; else None."""
+    weight: Any = module.weight
+    kind = getattr(weight, "quant_type", None)  # bitsandbytes packs 4 bits into any dtype
+    plain = weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+    return kind or (None if plain else str(weight.dtype).removeprefix("torch."))
+
+
+def writable(name: str, module: nn.Module) -> None:
+    """Raises `InputError` where an update cannot be added to the weight of the module of this name."""
+    kind = stored_as(module)
+    if kind is not None:
+        raise InputError(
+            f"{name} is quantised ({kind}): statistics and evaluation read it, but an edit cannot be written into it; "
+            "load the model without quantize"
+        )
+    if module.weight.device.type == "meta":
+        raise InputError(
+            f"{name} is kept in another memory than it is computed in, so an edit cannot be written into it; "
+            "load the model on one device"
+        )
 
 
 def widths(projection: nn.Module) -> tuple[int, int]:

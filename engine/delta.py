@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..kernels.errors import InputError
 from ..kernels.requantize_add import full_precision, requantize_add, share_lost
-from .model import Model
+from .anatomy import writable
+from .model import Model, editable
 
 FORMAT = "rewire-delta-1"
 FILE = "delta.safetensors"
@@ -78,6 +79,7 @@ class EditedWeights:
         def put(name: str, factors: Factors) -> float:
             if not factors.finite():
                 raise InputError(f"{name}: its update holds NaN or infinity; no weight was changed")
+            writable(name, self._module(name))
             parameter = self._parameter(name)
             self._check_untouched(name)
             self.originals.setdefault(name, parameter.detach().clone())
@@ -240,8 +242,10 @@ class Delta:
     def apply(self, model: Model) -> EditedWeights:
         """Changes the model's weights; all of them or, with an `InputError`, none.
 
-        Refused: another base model (by its fingerprint), a weight that is not there or has another shape.
+        Refused: a quantised model, another base model (by its fingerprint), a weight that is not there or has another
+        shape.
         """
+        editable(model)
         if model.fingerprint != self.fingerprint:
             made_in = ", ".join(sorted({str(edit.get("dtype")) for edit in self.edits}))
             loaded_in = str(next(model.hf.parameters()).dtype).removeprefix("torch.")

@@ -46,6 +46,7 @@ class Hparams(BaseModel):
     mom2_n_samples: most documents that second moments are collected over; picks among files of given ones
     mom2_tokens: token budget where moments are collected; None: 20 d_in
     mom2_max_length: documents are cut to so many tokens where moments are collected
+    mom2_seed: of the order in which documents are drawn; None: the corpus' own order
     rewrite_module_tmp: the published name of the edited module; must be what the anatomy says
     """
 
@@ -64,6 +65,7 @@ class Hparams(BaseModel):
     mom2_n_samples: int = Field(100000, ge=1)
     mom2_tokens: int | None = Field(None, ge=1)
     mom2_max_length: int = Field(512, ge=2)
+    mom2_seed: int | None = Field(0, ge=0)
     rewrite_module_tmp: str | None = None
 
     @field_validator("layers", mode="before")

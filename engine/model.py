@@ -1,7 +1,9 @@
 """A causal LM with its tokenizer, its anatomy and a fingerprint of its weights."""
 
 import hashlib
+import logging
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..kernels.errors import InputError
-from .anatomy import Anatomy, find_anatomy
+from .anatomy import Anatomy, find_anatomy, stored_as, writable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZE = ("nf4", "fp4", "int8")  # what bitsandbytes makes while it loads
 DEMO = "rewire/demo"  # the name of the embedded model
 _SAMPLES = 256  # values a tensor gives to the fingerprint
 
@@ -30,6 +33,7 @@ class Model:
     def __init__(self, hf: nn.Module, tokenizer: Any, name: str | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer")
+        _keep_layout(hf)
         self.hf = hf
         self.tokenizer = tokenizer
         self.anatomy: Anatomy = find_anatomy(hf)
@@ -41,8 +45,17 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the input embedding."""
-        return self.hf.get_input_embeddings().weight.device  # type: ignore[operator]
+        """Where token ids go: the device that the input embedding is computed on."""
+        embedding = self.hf.get_input_embeddings()  # type: ignore[operator]
+        device: torch.device = embedding.weight.device
+        if device.type == "meta":  # accelerate keeps the weight elsewhere and brings it for each forward
+            return torch.device(_offloader(embedding).execution_device)
+        return device
+
+    @property
+    def quantized(self) -> str | None:
+        """How the MLP output projections are stored where that is not as plain numbers: "nf4", "fp4", "int8", ..."""
+        return stored_as(self.projection(0))
 
     @property
     def max_length(self) -> int:
@@ -88,18 +101,24 @@ def load(
 ) -> Model:
     """A model from a directory or a hub id; "demo" is the embedded one (a folder of that name is "./demo").
 
-    dtype: "float32", "bfloat16", "float16", "checkpoint" (as stored), or "auto": as stored, on a CPU float32
-    quantize: None; quantised base weights cannot be edited yet
-    device: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is one
-    Raises `InputError` where there is no model, it is incomplete or no causal LM, or a name is unknown.
+    dtype: "float32", "bfloat16", "float16", "checkpoint" (as stored), or "auto": as stored (quantised: what the GPU
+        computes fastest in), on a CPU float32
+    quantize: "nf4", "fp4" or "int8": weights are quantised by bitsandbytes while they are loaded, `dtype` is what they
+        compute in. Such a model, like a checkpoint that is stored quantised, can be read but not edited.
+    device: "cpu", "cuda", "cuda:1", "auto": CUDA where there is one, or "balanced": over all GPUs, what is left on the
+        CPU, what is left then on disk (by accelerate)
+    Raises `InputError` where there is no model, it is incomplete or no causal LM, a name is unknown, or a library is
+    missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in ("auto", "checkpoint", *DTYPES):
         raise InputError(f"dtype {dtype!r} is unknown; expected auto, checkpoint, {', '.join(DTYPES)}")
     if quantize is not None:
-        raise InputError(f"quantize {quantize!r}: quantised base weights cannot be edited yet; expected None")
-    place = pick_device(device)
+        if quantize not in QUANTIZE:
+            raise InputError(f"quantize {quantize!r} is unknown; expected {', '.join(QUANTIZE)} (or none)")
+        _require("bitsandbytes", f"quantize {quantize!r}")
+    place = pick_device("auto") if device == "balanced" else pick_device(device)
     source = str(demo_file(".")) if str(name) == "demo" else str(name)
     folder = Path(source)
     if folder.is_dir():
@@ -110,9 +129,9 @@ def load(
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         _refuse_other_tasks(source, config)
-        torch_dtype: Any = DTYPES.get(dtype, torch.float32 if (dtype, place) == ("auto", "cpu") else "auto")
+        how = _how(source, config, dtype, quantize, device, place)
         hf, found = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True
+            source, revision=revision, trust_remote_code=False, output_loading_info=True, **how
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except InputError:
@@ -123,8 +142,71 @@ def load(
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if missing:
         raise InputError(f"{source}: its checkpoint is incomplete: {len(missing)} weights missing, {missing[0]} first")
-    hf.eval().to(place)
+    hf.eval()
+    if "device_map" not in how:
+        hf.to(place)
     return Model(hf, tokenizer, DEMO if str(name) == "demo" else str(name))
+
+
+def _require(package: str, what: str) -> None:
+    if find_spec(package) is None:
+        raise InputError(f"{what} needs {package}, which is not installed: pip install {package}")
+
+
+def _how(source: str, config: Any, dtype: str, quantize: str | None, device: str, place: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: dtype, and for what accelerate places as it is read, where and how."""
+    stored = getattr(config, "quantization_config", None) is not None
+    if stored and quantize is not None:
+        raise InputError(f"{source} is stored quantised already; load it without quantize")
+    how: dict[str, Any] = {"dtype": _dtype(config, dtype, quantize, place)}
+    if stored or quantize is not None:
+        _require("accelerate", "a quantised model")
+        how["device_map"] = {"": place}
+        # at every product it says that 8 bits are multiplied in float16
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if device == "balanced":
+        _require("accelerate", "device 'balanced'")
+        how["device_map"] = "auto"
+    if quantize is not None:
+        from transformers import BitsAndBytesConfig
+
+        bits = {"load_in_8bit": True} if quantize == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": quantize}
+        how["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=how["dtype"])
+    return how
+
+
+def _dtype(config: Any, asked: str, quantize: str | None, place: str) -> Any:
+    """A torch dtype, or "auto" for as stored."""
+    if asked in DTYPES:
+        return DTYPES[asked]
+    if asked == "auto" and place == "cpu":
+        return torch.float32
+    if quantize is None:
+        return "auto"
+    if asked == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    stored = getattr(config.get_text_config(), "dtype", None)
+    return getattr(torch, stored) if isinstance(stored, str) else stored or torch.float32
+
+
+def _keep_layout(hf: nn.Module) -> None:
+    """4-bit weights stay as they were loaded.
+
+    On some processors the first forward of bitsandbytes lays them out anew, to compute in bfloat16 whatever was asked
+    for, and the way back, which every `state_dict` takes, breaks them (0.50).
+    """
+    module: Any
+    for name, module in hf.named_modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise InputError(f"{name}: bitsandbytes has laid it out for this CPU; wrap the model before it is run")
+            module.support_avx512bf16_for_cpu = False
+
+
+def editable(model: Model) -> None:
+    """Raises `InputError` for a model whose projections no edit can be written into: quantised, or kept elsewhere."""
+    for layer in range(model.anatomy.n_layers):
+        writable(model.anatomy.layer_name(layer), model.projection(layer))
 
 
 def demo_file(name: str) -> Path:
@@ -172,9 +254,22 @@ def fingerprint(hf: nn.Module) -> str:
     """
     parts = hashlib.sha256()
     for name, tensor in sorted(hf.state_dict(keep_vars=True).items()):
-        flat = tensor.detach().reshape(-1)
+        flat = (_kept(hf, name) if tensor.is_meta else tensor).detach().reshape(-1)
         count = flat.numel()
         picked = flat[torch.arange(min(count, _SAMPLES), device=flat.device) * max(1, count // _SAMPLES)]
         parts.update(f"{name}:{tuple(tensor.shape)}".encode())
         parts.update(picked.to("cpu", torch.float32).bfloat16().view(torch.int16).numpy().tobytes())
     return parts.hexdigest()[:16]
+
+
+def _kept(hf: nn.Module, name: str) -> Tensor:
+    """A weight that accelerate keeps in another memory (in the model it is on "meta")."""
+    path, _, leaf = name.rpartition(".")
+    stored: Tensor = _offloader(hf.get_submodule(path)).weights_map[leaf]
+    return stored
+
+
+def _offloader(module: Any) -> Any:
+    """The hook of accelerate's that brings a module's weights for a forward."""
+    hook = module._hf_hook
+    return next(part for part in getattr(hook, "hooks", (hook,)) if getattr(part, "weights_map", None) is not None)

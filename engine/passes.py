@@ -6,16 +6,15 @@ padding, and nothing is read from padded positions. Passes stop behind the last 
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..kernels.gather_mean import gather_mean_
 from ..stats.collect import batches
+from ..stats.memory import free_bytes
 from .model import Model
 from .prompts import CONTEXT_TOKENS, CONTEXT_TOP_K, SEED_WORDS, Row, clean_context, pad, prompt_ids
 
@@ -24,7 +23,7 @@ CPU_TOKENS = 1024  # larger batches leave the caches (docs/benchmarks.md)
 GPU_TOKENS = 65536
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Raised inside a forward, behind the last module that is needed."""
 
 
@@ -32,15 +31,21 @@ class _Stop(Exception):
 def frozen(model: Model) -> Iterator[None]:
     """Evaluation mode and frozen weights inside; both as they were afterwards."""
     training = [module for module in model.hf.modules() if module.training]
-    learning = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]
+    # by name: of a placed model, accelerate makes new parameters in every forward
+    learning = [
+        (module, name)
+        for module in model.hf.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
     model.hf.eval()
-    for parameter in learning:
-        parameter.requires_grad_(False)
+    for module, name in learning:
+        getattr(module, name).requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        for module, name in learning:
+            getattr(module, name).requires_grad_(True)
         for module in training:
             module.training = True
 
@@ -60,32 +65,20 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _forward(model: Model, ids: Tensor, **kwargs: Any) -> None:
-    with contextlib.suppress(_Stop):
+def forward(model: Model, ids: Tensor, **kwargs: Any) -> None:
+    """A forward over token ids [rows, T] that a hook may end by raising `Stop`."""
+    with contextlib.suppress(Stop):
         model.hf(input_ids=ids, **({"use_cache": False} | kwargs))
 
 
 def run_until(model: Model, ids: Tensor, module: nn.Module, **kwargs: Any) -> None:
     """A forward over token ids [rows, T] that ends where `module` is reached."""
     with hooks(module.register_forward_pre_hook(_stop)):
-        _forward(model, ids, **kwargs)
+        forward(model, ids, **kwargs)
 
 
 def _stop(*_: Any) -> None:
-    raise _Stop
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free for a batch on the device, in bytes."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    available = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, where there is one
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        available = min(available, limit - used)
-    return available
+    raise Stop
 
 
 def tokens_that_fit(model: Model, bytes_per_token: float) -> int:
@@ -138,7 +131,7 @@ def read_at(
         share = None if weight is None else weight[chosen].to(place)
         gather_mean_(result[key], tensor, position[chosen].to(place), target[chosen].to(place), share)
         if key == last:
-            raise _Stop
+            raise Stop
 
     def hook(key: tuple[str, int]) -> Callable[..., None]:
         if key[0] == "in":
@@ -153,31 +146,8 @@ def read_at(
     with frozen(model), hooks(*handles):
         for batch in batches([len(row.ids) for row in rows], budget):
             chosen = torch.tensor(batch)
-            _forward(model, pad([rows[i] for i in batch], model.device))
+            forward(model, pad([rows[i] for i in batch], model.device))
     return result
-
-
-@torch.no_grad()
-def stream_inputs(
-    model: Model, rows: Sequence[Sequence[int]], layers: Sequence[int], sink: Callable[..., None]
-) -> None:
-    """One batch of documents: `sink(layer name, X [tokens, d_in])` for each layer, padding dropped."""
-    lengths = torch.tensor([len(row) for row in rows])
-    last = max(layers)
-
-    def hook(layer: int) -> Callable[..., None]:
-        def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            X = args[0]
-            real = torch.arange(X.shape[1])[None, :] < lengths[:, None]
-            sink(model.anatomy.layer_name(layer), X[real.to(X.device)])
-            if layer == last:
-                raise _Stop
-
-        return take
-
-    handles = [model.projection(layer).register_forward_pre_hook(hook(layer)) for layer in layers]
-    with frozen(model), hooks(*handles):
-        _forward(model, pad([Row(tuple(row)) for row in rows], model.device))
 
 
 @torch.no_grad()
@@ -187,10 +157,10 @@ def blocks_until(model: Model, ids: Tensor, layer: int) -> Tensor:
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         kept.append(hidden_of(output))
-        raise _Stop
+        raise Stop
 
     with frozen(model), hooks(model.block(layer).register_forward_hook(keep)):
-        _forward(model, ids)
+        forward(model, ids)
     return kept[0]
 
 
@@ -202,11 +172,11 @@ def final_hidden(model: Model, rows: Sequence[Row], places: Sequence[Sequence[in
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
-        raise _Stop
+        raise Stop
 
     with frozen(model), hooks(model.head.register_forward_pre_hook(keep)):
         for batch in batches([len(row.ids) for row in rows], batch_tokens):
-            _forward(model, pad([rows[i] for i in batch], model.device))
+            forward(model, pad([rows[i] for i in batch], model.device))
             hidden = seen.pop()
             for line, i in enumerate(batch):
                 result[i] = hidden[line, list(places[i])]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,16 +20,22 @@ from torch import Tensor
 from .. import __version__
 from ..kernels.dispatch import recording, using
 from ..kernels.errors import InputError
-from ..stats import moments_for, read_corpus
+from ..kernels.spd_solve import Factor, NullSpace
+from ..stats import Corpus, cache_root, read_corpus
+from ..stats.collect import Budget
+from ..stats.derived import Derived
+from ..stats.memory import free_bytes
+from ..stats.projections import Projections, basis_of, read_projections
 from .delta import Delta, EditedWeights
 from .editors.registry import Job, find_method
 from .evaluation import evaluate
 from .facts import Fact, InvalidFact, digest, to_record
 from .hparams import load_hparams
-from .model import DEMO, Model, demo_file
-from .passes import continuations, forward_bytes, free_bytes, sample_contexts, stream_inputs, tokens_that_fit
+from .model import DEMO, Model, demo_file, editable
+from .passes import continuations, sample_contexts
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
+from .statistics import second_moments
 
 log = logging.getLogger("rewire")
 
@@ -38,6 +44,7 @@ ABOUT = (
     *("id", "method", "preset", "hparams", "contexts", "seed", "statistics", "dtype"),
     *("facts_digest", "fact_count", "versions"),
 )
+Made = TypeVar("Made", Factor, NullSpace)
 KEEP = 4  # float64 copies of C that must be free for one more to be kept
 SAID_TOKENS = 6  # how much the report quotes of what the model says
 
@@ -58,7 +65,9 @@ class EditSession:
     preset: a YAML file or the name of a shipped preset; None: found by the model's name
     hparams: single hyper-parameters that replace the preset's
     stats: a folder of second moments; None: the cache, else collected on the fly
-    corpus: what to collect them over: a text, JSONL or JSON file, or a `datasets` id; None: the demo's text
+    corpus: what to collect them over: a `rewire.stats.Corpus`, or what `read_corpus` takes; None: the demo's text
+    projections: for AlphaEdit: published null-space projections (null_space_project.pt, or a folder of layer-{l}.pt) of
+        the hyper-parameters' layers, instead of second moments and a threshold
     contexts: generated context templates, each ending in `{}`; None: sampled from the model once, with `seed`
     batch_size: facts whose values are optimised at once; None: from the free memory
     impl: "auto", "torch" or "triton": what serves the operations of `rewire.kernels`; the report names what did
@@ -75,7 +84,8 @@ class EditSession:
         stats: str | Path | None = None,
         *,
         hparams: Mapping[str, Any] | None = None,
-        corpus: str | Path | None = None,
+        corpus: Corpus | str | Path | None = None,
+        projections: str | Path | None = None,
         contexts: Sequence[str] | None = None,
         seed: int = 0,
         batch_size: int | None = None,
@@ -99,8 +109,15 @@ class EditSession:
         self.weights = EditedWeights(model)
         self._stats = stats
         self._corpus = corpus
+        self._projections: Projections | None = None
+        if projections is not None:
+            if method != "alphaedit":
+                raise InputError(f"{projections}: null-space projections are AlphaEdit's; {method} takes none")
+            self._projections = read_projections(projections, self.hparams.layers, model.anatomy.d_in)
         self._moments: dict[int, Tensor] = {}
-        self._derived: dict[tuple[int, str], Any] = {}
+        self._digests: dict[int, str] = {}
+        self._derived = Derived(cache_root() / "stats" / "derived")
+        self._kept: dict[tuple[int, str], Any] = {}
         self._state: Any = None  # what the method's last edit left
         self._statistics: dict[str, dict[str, Any]] = {}
 
@@ -125,6 +142,7 @@ class EditSession:
     def _edit(
         self, facts: tuple[Fact, ...], evaluate: bool, skipped: Sequence[InvalidFact], served: Counter[tuple[str, str]]
     ) -> tuple[Edit, Any]:
+        editable(self.model)
         phases = Phases(self.listener)
         with phases("contexts"):
             if self.contexts is None:
@@ -136,7 +154,8 @@ class EditSession:
                 self.contexts,
                 self.hparams,
                 lambda layers: self._second_moments(layers, phases),
-                self._derive,
+                self._factor,
+                self._space,
                 put,
                 phases,
                 self._state,
@@ -211,54 +230,66 @@ class EditSession:
 
     def _second_moments(self, layers: Sequence[int], phases: Phases) -> dict[int, Tensor]:
         missing = [layer for layer in layers if layer not in self._moments]
+        if self._projections is not None:  # C itself does not enter
+            self._statistics = {"projections": {"source": str(self._projections.path)}}
+            return {}
         if missing:
-            anatomy = self.model.anatomy
-            name_of = {anatomy.layer_name(layer): layer for layer in missing}
+            name_of = {self.model.anatomy.layer_name(layer): layer for layer in missing}
             with phases("statistics") as tick:
-                corpus = None if self._stats else read_corpus(self._corpus or demo_file("corpus.txt"))
+                corpus = None if self._stats else self._read_corpus()
                 if self._corpus is None and corpus is not None and self.model.name != DEMO:
                     log.warning("no corpus named: second moments come from the demo's small text (see --corpus)")
                 if self.weights.updates and self._stats is None:
                     raise InputError("statistics are those of the unedited model: it was edited before they were there")
-                found = moments_for(
-                    dict.fromkeys(name_of, anatomy.d_in),
-                    model=self.model.name,
-                    fingerprint=self.fingerprint,
-                    dtype=str(next(self.model.hf.parameters()).dtype).removeprefix("torch."),
-                    run=lambda rows, sink: stream_inputs(self.model, rows, missing, sink),
-                    encode=self._encode,
-                    corpus=corpus,
-                    max_length=min(self.hparams.mom2_max_length, self.model.max_length),
+                wanted = self.hparams
+                tokens = wanted.mom2_tokens or 20 * self.model.anatomy.d_in
+                found = second_moments(
+                    self.model,
+                    list(name_of),
+                    corpus,
+                    Budget(wanted.mom2_max_length, wanted.mom2_n_samples, tokens),
+                    seed=wanted.mom2_seed,
                     stats=self._stats,
-                    n_samples=self.hparams.mom2_n_samples,
-                    tokens=self.hparams.mom2_tokens or 20 * anatomy.d_in,
-                    batch_tokens=tokens_that_fit(self.model, forward_bytes(self.model)),
+                    fingerprint=self.fingerprint,
                     progress=tick,
                 )
             for name, moment in found.items():
                 self._moments[name_of[name]] = moment.mean
+                self._digests[name_of[name]] = moment.digest
                 over = None if corpus is None else f"{corpus.name}-{corpus.digest}"
                 self._statistics[name] = {"source": moment.source, "tokens": moment.count, "corpus": over}
         return {layer: self._moments[layer] for layer in layers}
 
-    def _derive(self, layer: int, name: str, make: Callable[[Tensor], Any]) -> Any:
+    def _read_corpus(self) -> Corpus:
+        named = self._corpus or demo_file("corpus.txt")
+        return named if isinstance(named, Corpus) else read_corpus(named)
+
+    def _factor(self, layer: int) -> Factor:
+        C, digest, name = self._moments[layer], self._digests[layer], self.model.anatomy.layer_name(layer)
+        return self._keep(layer, "factor", lambda device: self._derived.factor(digest, C, device, name))
+
+    def _space(self, layer: int, threshold: float) -> NullSpace:
+        published = self._projections
+        if published is not None:
+            return self._keep(layer, "published", lambda device: basis_of(published[layer]).to(device))
+        C, digest = self._moments[layer], self._digests[layer]
+        return self._keep(
+            layer, f"null space {threshold}", lambda device: self._derived.null_space(digest, C, device, threshold)
+        )
+
+    def _keep(self, layer: int, what: str, make: Callable[[torch.device], Made]) -> Made:
         """What is made of a layer's C, on the layer's device; kept there or on the CPU while memory is plentiful."""
         weight = self.model.projection(layer).weight
         assert isinstance(weight, Tensor)
-        if (layer, name) in self._derived:
-            return self._derived[layer, name].to(weight.device)
-        C = self._moments[layer]
-        made = make(C.to(weight.device))
+        if (layer, what) in self._kept:
+            kept: Made = self._kept[layer, what]
+            return kept.to(weight.device)
+        made = make(weight.device)
         for place in dict.fromkeys((weight.device, torch.device("cpu"))):
-            if free_bytes(place) > KEEP * 8 * C.numel():
-                self._derived[layer, name] = made.to(place)
+            if free_bytes(place) > KEEP * 8 * self.model.anatomy.d_in**2:
+                self._kept[layer, what] = made.to(place)
                 break
         return made
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        coded = self.model.tokenizer(texts, return_token_type_ids=False, return_attention_mask=False)
-        rows: list[list[int]] = coded["input_ids"]
-        return rows
 
     def _describe(self, facts: Sequence[Fact]) -> dict[str, Any]:
         model = self.model

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from ..kernels.spd_solve import (
     NullSpace,
     SolveError,
     SolveInfo,
-    factorize,
     push_through,
+    regular_factor,
     spd_solve,
     woodbury,
 )
@@ -30,22 +31,28 @@ def memit_update(
     """MEMIT's closed form: Delta = Rᵀ Xᵀ with (weight C + Kᵀ K) X = Kᵀ (arXiv 2210.07229, eq. 14).
 
     K: [n, d_in] keys; R: [n, d_out] residuals; C: [d_in, d_in] mean of k kᵀ; weight: lambda
-    factor: gives the factor of C, on K's device; asked for where n < d_in / 4: Woodbury's form is cheaper then
-    Returns (float32 factors: left [d_out, n], right [n, d_in]; how the solve went).
+    factor: gives the `regular_factor` of C, on K's device. Where C has no full rank, so that the factor has a ridge,
+        C + ridge I stands for C, however many keys there are
+    Returns (float32 factors: left [d_out, n], right [n, d_in]; how the solve went, with the ridge).
     Raises `SolveError` where the system cannot be solved to a relative residual of 1e-6.
     """
     C = C.to(K.device)
-    if 4 * len(K) < len(C):
-        try:
-            Xt, info = woodbury(factor() if factor else factorize(C), C, K, weight)
+    known: Factor | None = None
+    try:
+        known = factor() if factor else regular_factor(C)
+        if 4 * len(K) < len(C):  # Woodbury's form is cheaper
+            Xt, info = woodbury(known, C, K, weight)
             return _factors(R, Xt), info
-        except SolveError as error:  # C alone is harder than with the keys added to it
-            log.info("solved again as one dense system: %s", error)
+    except SolveError as error:  # C alone is harder than with the keys added to it
+        log.info("solved as one dense system: %s", error)
+    ridge, known = known.ridge if known else 0.0, None  # the dense system needs the room
     K = K.double()
     system = C.to(torch.float64, copy=True).mul_(weight)
+    if ridge:
+        system.diagonal().add_(weight * ridge)
     system.addmm_(K.T, K)
     X, info = spd_solve(system, K.T)
-    return _factors(R, X.T), info
+    return _factors(R, X.T), replace(info, ridge=ridge)
 
 
 def alphaedit_update(K: Tensor, R: Tensor, space: NullSpace, before: KeySystem) -> tuple[Factors, KeySystem, SolveInfo]:

@@ -21,10 +21,11 @@ from torch import Tensor
 from ..kernels.errors import InputError
 from ..kernels.target_nll import target_nll
 from ..stats.collect import batches
+from ..stats.memory import free_bytes
 from .facts import Fact
 from .hparams import Hparams
 from .model import Model
-from .passes import MEMORY_SHARE, blocks_until, free_bytes, frozen, read_at
+from .passes import MEMORY_SHARE, blocks_until, frozen, read_at
 from .prompts import PLAIN, Row, fact_rows, kl_rows, pad
 from .suffix import Call, Suffix, record_calls
 

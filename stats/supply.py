@@ -1,28 +1,71 @@
 """Second moments for an edit: from the user's folder, else from the cache, else collected and kept there."""
 
 import hashlib
+import json
 import logging
-import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..kernels.errors import InputError
-from .collect import Encode, Progress, Run, collect, default_tokens
+from .cache import cache_root
+from .collect import Budget, Means, Progress, Run, collect, default_tokens
 from .corpora import Corpus
 from .moments import Moment
-from .store import file_name, find, list_layer, read_npz, read_sidecar, write
+from .ranks import ALONE, Ranks
+from .store import file_name, find, list_layer, read, read_sidecar, write
+from .tokens import Encode, TokenRows
 
 log = logging.getLogger(__name__)
 
-# what a tokenizer makes of this tells apart what the weights' fingerprint cannot: BOS or none, normalisation
-_PROBE = "The Eiffel Tower is in Paris.\n\nÉtienne  met 李 in 1987, didn't he?"
 
+@dataclass(frozen=True)
+class Request:
+    """What numbers are asked for; with the layer it decides every digit but for rounding. The sidecar's first keys.
 
-def cache_root() -> Path:
-    """`$REWIRE_CACHE`, or ~/.cache/rewire."""
-    return Path(os.environ.get("REWIRE_CACHE") or Path.home() / ".cache" / "rewire")
+    model: its name, which decides nothing; fingerprint: of its weights; tokenizer: digest of what it makes of a probe
+    dtype: what the model runs in
+    corpus, corpus_digest, seed, shard: the documents and their order; max_length: of each, in tokens
+    asked_documents, asked_tokens, tolerance: the budget
+    """
+
+    model: str
+    fingerprint: str
+    tokenizer: str
+    dtype: str
+    corpus: str
+    corpus_digest: str
+    max_length: int | None
+    seed: int | None
+    shard: tuple[int, int]
+    asked_documents: int | None
+    asked_tokens: int | None
+    tolerance: float | None
+
+    @property
+    def folder_name(self) -> str:
+        order = {0: "", None: "-in-order"}.get(self.seed, f"-seed{self.seed}")
+        index, of = self.shard
+        return f"{self.corpus}-{self.corpus_digest}{order}{'' if of == 1 else f'-{index + 1}of{of}'}_stats"
+
+    def digest(self, layers: Mapping[str, int]) -> str:
+        known = asdict(self) | {"model": None, "layers": sorted(layers)}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+
+    def answered_by(self, about: Mapping[str, Any]) -> int:
+        """By what a sidecar describes: 2: the very numbers; 1: a longer sample of the shuffled corpus; 0: it is not."""
+        asked = json.loads(json.dumps(asdict(self)))
+        wrong = {name for name, value in asked.items() if about.get(name, "unsaid") != value} - {"model"}
+        if not wrong:
+            return 2
+        if wrong - {"asked_documents", "asked_tokens"} or self.seed is None or self.tolerance is not None:
+            return 0
+        bounds = ((self.asked_documents, "documents"), (self.asked_tokens, "tokens"))
+        return int(any(asked is not None and about.get(got, 0) >= asked for asked, got in bounds))
 
 
 def moments_for(
@@ -31,14 +74,15 @@ def moments_for(
     model: str,
     fingerprint: str,
     dtype: str,
-    run: Run,
+    prepare: Callable[[], tuple[Run, Means]],
     encode: Encode,
     corpus: Corpus | None,
-    max_length: int | None,
+    budget: Budget,
+    seed: int | None = 0,
+    shard: tuple[int, int] = (0, 1),
     stats: str | Path | None = None,
-    n_samples: int | None = None,
-    tokens: int | None = None,
-    batch_tokens: int = 8192,
+    out: Path | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> dict[str, Moment]:
     """The second moments of the layers in `widths` (name -> d_in), in that order; `source` of each says where from.
@@ -47,61 +91,94 @@ def moments_for(
     dtype: what the model runs in ("bfloat16"); keys of another dtype are another request
     stats: the user's folder: read, nothing else is looked at, nothing is written there
     corpus: what to collect over where `stats` is None and the cache has not got it
-    run, encode, max_length, n_samples, tokens, batch_tokens, progress: as in `collect.collect`
+    seed: of the order in which documents are drawn; None: the corpus' own order
+    shard: (i, n): only every n-th document of the order, from the i-th
+    out: a folder to look in and write to instead of the cache; what cannot be written there is an error
+    prepare: gives what runs the model, and how; called where something has to be collected
+    encode: texts -> token rows, special tokens included
+    budget, ranks, progress: as in `collect.collect`
 
     Raises `InputError` for what is wrong with the folder, the corpus or the keys. A broken file in the cache is
     collected anew; a cache that cannot be written to is logged, and the result stays in memory.
     """
     if stats is not None:
         return {
-            layer: read_npz(find(stats, layer, model, n_samples), width, fingerprint) for layer, width in widths.items()
+            layer: read(find(stats, layer, model, budget.documents), width, fingerprint)
+            for layer, width in widths.items()
         }
     if corpus is None:
         raise InputError(f"no statistics for {', '.join(widths)}: name a folder that holds them, or a corpus")
-    if n_samples is None and tokens is None:
+    tokens = budget.tokens
+    if budget.documents is None and tokens is None and budget.tolerance is None:
         tokens = default_tokens(widths)
-    request = {
-        "fingerprint": fingerprint,
-        "tokenizer": hashlib.sha256(repr(encode([_PROBE])).encode()).hexdigest()[:12],
-        "dtype": dtype,
-        "corpus": corpus.name,
-        "corpus_digest": corpus.digest,
-        "max_length": max_length,
-        "asked_documents": n_samples,
-        "asked_tokens": tokens,
-    }
-    folder = cache_root() / "stats" / fingerprint / f"{corpus.name}-{corpus.digest}_stats"
+    budget = Budget(budget.max_length, budget.documents, tokens, budget.tolerance)
+    rows = TokenRows(corpus, encode, seed=seed, shard=shard, folder=cache_root() / "tokens")
+    request = Request(
+        model, fingerprint, rows.tokenizer, dtype, corpus.name, corpus.digest, budget.max_length, seed, shard,
+        budget.documents, tokens, budget.tolerance,
+    )  # fmt: skip
+    folder = cache_root() / "stats" / fingerprint / request.folder_name if out is None else out
     cached = {layer: _cached(folder, layer, width, request) for layer, width in widths.items()}
-    missing = {layer: width for layer, width in widths.items() if cached[layer] is None}
-    collected: dict[str, Moment] = {}
-    if missing:
-        collected = collect(
-            run,
-            encode,
-            corpus,
-            missing,
-            max_length=max_length,
-            n_samples=n_samples,
-            tokens=tokens,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
-        _keep(folder, collected, {"model": model, **request})
-    return {layer: cached[layer] or collected[layer] for layer in widths}
+    missing = ranks.same({layer: width for layer, width in widths.items() if cached[layer] is None})
+    if not missing:
+        return {layer: moment for layer, moment in cached.items() if moment is not None}
+    budget.check(missing)
+    if out is not None and ranks.first:
+        _check_folder(folder, missing)
+    resting = folder / f"progress-{request.digest(missing)}"
+    run, means = prepare()
+    collected = collect(run, rows, missing, budget, means, ranks=ranks, checkpoint=resting, progress=progress)
+    paths = _keep(folder, collected, request, must=out is not None) if ranks.first else {}
+    if ranks.same(bool(paths)):
+        shutil.rmtree(resting, ignore_errors=True)  # every rank: they may be on machines of their own
+    collected = {
+        layer: replace(moment, source=str(paths.get(layer, moment.source))) for layer, moment in collected.items()
+    }
+    found = {layer: cached[layer] or collected.get(layer) for layer in widths}  # another rank may lack what is cached
+    return {layer: moment for layer, moment in found.items() if moment is not None}
 
 
-def _cached(folder: Path, layer: str, width: int, request: dict[str, Any]) -> Moment | None:
+def _cached(folder: Path, layer: str, width: int, request: Request) -> Moment | None:
+    """The exact answer if there is one, else the one with most tokens that serves."""
+    answers: list[tuple[int, int, Path]] = []
     for path in list_layer(folder, layer):
         try:
             about = read_sidecar(path) or {}
-            if all(about.get(field, "unsaid") == value for field, value in request.items()):
-                return read_npz(path, width, request["fingerprint"])
+        except InputError as error:
+            log.warning("%s (in the cache: not used)", error)
+            continue
+        answers.append((request.answered_by(about), about.get("tokens", 0), path))
+    for answer, _, path in sorted(answers, reverse=True):
+        try:
+            if answer:
+                return read(path, width, request.fingerprint)
         except InputError as error:
             log.warning("%s (in the cache: it is collected anew)", error)
     return None
 
 
-def _keep(folder: Path, moments: dict[str, Moment], about: dict[str, Any]) -> None:
+def file_bytes(widths: Mapping[str, int]) -> int:
+    """What the collected moments of these layers take on disk; a checkpoint of them takes as much."""
+    return sum(4 * d * (d + 1) for d in widths.values())
+
+
+def _check_folder(folder: Path, widths: Mapping[str, int]) -> None:
+    """Room for the results, and nothing that they would lie among: what serves the request would have been taken."""
+    for layer in widths:
+        for path in list_layer(folder, layer)[:1]:
+            raise InputError(f"{path}: other statistics of {layer} are there already; name a new folder")
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    needed, free = 3 * file_bytes(widths), shutil.disk_usage(above).free
+    if needed > free:
+        raise InputError(
+            f"{folder}: {free / 1e9:.1f} GB are free there, {needed / 1e9:.1f} GB are needed (the moments, and two "
+            "checkpoints of them while they are collected); free some space, or name another folder"
+        )
+
+
+def _keep(folder: Path, moments: dict[str, Moment], request: Request, must: bool) -> dict[str, Path]:
+    """Where each layer's file is; empty where they could not be written."""
+    paths = {}
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,13 +186,22 @@ def _keep(folder: Path, moments: dict[str, Moment], about: dict[str, Any]) -> No
             assert moment.documents is not None  # `collect` counts them
             of_layer = {
                 "layer": layer,
-                "width": len(moment.sum),
+                "width": moment.width,
                 "tokens": moment.count,
                 "documents": moment.documents,
+                "digest": moment.digest,
+                "seconds": round(moment.seconds, 3),
                 "rewire": __version__,
                 "date": now,
             }
-            name = file_name(layer, about["dtype"], moment.documents, about["max_length"])
-            write(folder / name, moment, {**about, **of_layer})
+            paths[layer] = folder / file_name(layer, request.dtype, moment.documents, request.max_length)
+            write(paths[layer], moment, asdict(request) | of_layer)
+        return paths
     except OSError as error:
+        if must:
+            raise InputError(
+                f"{error.filename or folder}: cannot be written ({error.strerror}); the last checkpoint is kept in "
+                f"{folder}: free some space and run the same command again, it goes on from there"
+            ) from None
         log.warning("%s: cannot be written to (%s): these statistics are not kept; set REWIRE_CACHE", folder, error)
+        return {}

@@ -22,8 +22,9 @@ ROOMS = {  # room -> rooms that it may import
 }
 # inside engine each may import what stands left of it
 ENGINE = (
-    *("phases", "facts", "anatomy", "model", "hparams", "prompts", "passes", "suffix", "datasets", "keys", "values"),
-    *("delta", "beside", "solve", "plan", "evaluation", "editors", "session", "experiment", "compat"),
+    *("phases", "facts", "anatomy", "model", "outline", "hparams", "prompts", "passes", "streams", "statistics", "fit"),
+    *("suffix", "datasets", "keys", "values", "delta", "beside", "solve", "plan", "evaluation", "editors"),
+    *("session", "experiment", "compat"),
 )
 
 

@@ -5,12 +5,10 @@ corpus has next to nothing (eigenvalues of C below `nullspace_threshold`), K_p a
 edits, so that those stay as they are. C itself, and lambda, do not enter.
 """
 
-from functools import partial
-
 from pydantic import Field
 from torch import Tensor
 
-from ...kernels.spd_solve import KeySystem, NullSpace, SolveInfo, null_space
+from ...kernels.spd_solve import KeySystem, SolveInfo
 from ..delta import Factors
 from ..hparams import Hparams
 from ..solve import alphaedit_update
@@ -29,13 +27,7 @@ def check(job: Job) -> None:
     """Also that the threshold lies within the spectrum of each C."""
     spreading.check(job)
     for layer in job.hparams.layers:
-        _space(job, layer)
-
-
-def _space(job: Job, layer: int) -> NullSpace:
-    threshold = job.hparams.nullspace_threshold
-    found: NullSpace = job.derived(layer, f"null space {threshold}", partial(null_space, threshold=threshold))
-    return found
+        job.space(layer, job.hparams.nullspace_threshold)
 
 
 def edit(job: Job) -> Outcome:
@@ -43,7 +35,7 @@ def edit(job: Job) -> Outcome:
     grown: dict[int, KeySystem] = {}
 
     def solve(layer: int, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
-        space = _space(job, layer)
+        space = job.space(layer, job.hparams.nullspace_threshold)
         before = earlier.get(layer) or KeySystem.empty(K.shape[1], job.hparams.L2, K.device)
         factors, grown[layer], info = alphaedit_update(K, R, space, before)
         return factors, info

@@ -5,7 +5,7 @@ At each layer Delta = Rᵀ Xᵀ with (lambda C + Kᵀ K) X = Kᵀ; lambda is `mo
 
 from torch import Tensor
 
-from ...kernels.spd_solve import SolveInfo, factorize
+from ...kernels.spd_solve import SolveInfo
 from ..delta import Factors
 from ..hparams import Hparams
 from ..solve import memit_update
@@ -16,7 +16,7 @@ from .registry import Job, Method, Outcome
 def edit(job: Job) -> Outcome:
     def solve(layer: int, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
         C = job.moments([layer])[layer]
-        return memit_update(K, R, C, job.hparams.mom2_update_weight, lambda: job.derived(layer, "factor", factorize))
+        return memit_update(K, R, C, job.hparams.mom2_update_weight, lambda: job.factor(layer))
 
     return spreading.edit(job, solve)
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...kernels.errors import InputError
+from ...kernels.spd_solve import Factor, NullSpace
 from ..delta import Factors
 from ..facts import Fact
 from ..hparams import Hparams
@@ -22,7 +23,8 @@ class Job:
 
     contexts: generated context templates
     moments: layers -> C of each ([d_in, d_in] float32, mean of k kᵀ on the unedited model); collected when first asked
-    derived: (layer, name, make) -> make(C on the layer's device): a factor, a null space; kept while there is memory
+    factor: layer -> the `regular_factor` of its C, on the layer's device; made once, then from memory or disk
+    space: (layer, threshold) -> the null space of its C, likewise
     put: writes one weight's update provisionally and returns the share lost to rounding; kept only if the edit is whole
     state: what the method's last edit of this session left (`Outcome.state`), None before the first
     batch_size: facts whose values are optimised at once, None: from the free memory
@@ -33,7 +35,8 @@ class Job:
     contexts: Sequence[str]
     hparams: Any
     moments: Callable[[Sequence[int]], dict[int, Tensor]]
-    derived: Callable[[int, str, Callable[[Tensor], Any]], Any]
+    factor: Callable[[int], Factor]
+    space: Callable[[int, float], NullSpace]
     put: Callable[[str, Factors], float]
     phases: Phases
     state: Any = None

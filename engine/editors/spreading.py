@@ -15,7 +15,7 @@ from ...kernels.errors import InputError
 from ...kernels.spd_solve import SolveInfo
 from ..delta import Factors
 from ..keys import measure_hidden, measure_keys
-from ..model import Model
+from ..model import Model, editable
 from ..passes import read_at
 from ..prompts import PLAIN, Row, fact_rows, subject_rows
 from ..solve import through_norm
@@ -29,7 +29,8 @@ Solve = Callable[[int, Tensor, Tensor], tuple[Factors, SolveInfo]]  # (layer, K 
 
 
 def check(job: Job) -> None:
-    """The model is what its anatomy says, every row is short enough, and there are second moments of it."""
+    """The model can be written to and is what its anatomy says, rows are short enough, and there are second moments."""
+    editable(job.model)
     verify(job.model, job.hparams.layers[-1])
     fact_rows(job.model.tokenizer, job.facts, (PLAIN, *job.contexts), job.model.max_length)
     job.moments(job.hparams.layers)
@@ -101,6 +102,7 @@ def spread(
                 "solved_in": info.dtype,
                 "solved_by": info.method,
                 "checked": info.checked,
+                "ridge": info.ridge,
                 "relative_change": relative_change,
                 "lost_to_rounding": lost,
             }

@@ -18,6 +18,7 @@ class SolveInfo:
     refinements: steps of conjugate gradients taken with that factor as the preconditioner
     method: "cholesky", "woodbury" or "push-through"
     checked: "full", or "sampled": the residual of 8 random combinations of the columns
+    ridge: what was added to the diagonal of a second moment without full rank, in its units; else 0
     """
 
     residual: float
@@ -26,11 +27,13 @@ class SolveInfo:
     refinements: int
     method: str = "cholesky"
     checked: str = "full"
+    ridge: float = 0.0
 
 
 class SolveError(InputError):
     """The system cannot be solved to the tolerance: collect more tokens, or raise lambda or the ridge.
 
+    what: the reason alone
     residual: of the best X found; NaN where none came about
     condition: as in SolveInfo; where Cholesky broke down 1 / (n eps), which is about the least that makes it break
     """
@@ -41,5 +44,6 @@ class SolveError(InputError):
             "Collect statistics over more tokens (at least 2 per dimension), "
             "or raise lambda (mom2_update_weight) or the ridge (L2)"
         )
+        self.what = what
         self.residual = residual
         self.condition = condition

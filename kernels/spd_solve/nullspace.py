@@ -1,6 +1,7 @@
 """The null space of C, and AlphaEdit's update in it, in the number of keys instead of the number of dimensions."""
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .woodbury import combinations
 class NullSpace:
     """The orthogonal projection P onto the directions that C hardly uses, as a basis and never as [d, d].
 
-    basis: [d, r] fp64, orthonormal columns: of the null space or of its complement, whichever is smaller
+    basis: [d, r] fp64, orthonormal columns (each contiguous): of the null space or its complement, whichever is smaller
     complement: P = I - basis basisᵀ instead of basis basisᵀ
     rank: of P
     below, above: the eigenvalues of C on both sides of the threshold; a threshold between far ones is a safe one
@@ -42,28 +43,60 @@ class NullSpace:
         return self.project(torch.eye(len(self.basis), dtype=torch.float64, device=self.basis.device))
 
 
+class Rows(Protocol):
+    """A tensor, or whatever else gives its rows by slice, such as a file."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenbasis:
+    """The spectrum of a symmetric matrix, from which the null space of any threshold is a run of rows.
+
+    values: [d] fp64, ascending
+    vectors: [d, d] fp64, orthonormal rows: row i belongs to value i
+    """
+
+    values: Tensor
+    vectors: Rows
+
+    def null_space(self, threshold: float) -> NullSpace:
+        """What has an eigenvalue below ``threshold`` (absolute, as published); only the smaller side is read.
+
+        Raises InputError: the threshold leaves nothing on one of its sides.
+        Source: AlphaEdit (Fang et al. 2025, arXiv 2410.02355), eq. 7: P = U Uᵀ.
+        """
+        values, d = self.values, len(self.values)
+        rank = int((values < threshold).sum())
+        if not 0 < rank < d:
+            raise InputError(
+                f"null_space: {rank} of {d} eigenvalues are below the threshold {threshold:g} (nullspace_threshold); "
+                f"they go from {float(values[0]):.1e} to {float(values[-1]):.1e}: choose one between"
+            )
+        complement = 2 * rank > d
+        kept = self.vectors[slice(rank, d) if complement else slice(0, rank)].clone()  # frees the others, or the file
+        return NullSpace(kept.T, complement, rank, float(values[rank - 1]), float(values[rank]))
+
+
 @torch.no_grad()
-def null_space(C: Tensor, threshold: float) -> NullSpace:
-    """Eigenvectors of C with an eigenvalue below ``threshold``.
+def eigenbasis(C: Tensor) -> Eigenbasis:
+    """All eigenvalues and eigenvectors of C.
 
-    C: [d, d] fp32 or fp64, symmetric, the mean of k kᵀ (a threshold is absolute, as published)
+    C: [d, d] fp32 or fp64, symmetric, the mean of k kᵀ
+    Memory: C in fp64, the vectors, and what LAPACK needs (some 2 d² more).
 
-    Raises InputError: C is not symmetric or not finite; the threshold leaves nothing of C on one of its sides.
-    Source: AlphaEdit (Fang et al. 2025, arXiv 2410.02355), eq. 7: P = U Uᵀ.
+    Raises InputError: C is not symmetric or not finite.
     """
     check_matrix(C)
     # a coordinate that never fires has a zero row: as null as can be
     refuse_asymmetric(C, C.diagonal().double().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[:, None])
     values, vectors = torch.linalg.eigh(C.double())
-    rank = int((values < threshold).sum())
-    if not 0 < rank < len(values):
-        raise InputError(
-            f"null_space: {rank} of {len(values)} eigenvalues are below the threshold {threshold:g} "
-            f"(nullspace_threshold); they go from {float(values[0]):.1e} to {float(values[-1]):.1e}: choose one between"
-        )
-    complement = 2 * rank > len(values)
-    kept = vectors[:, rank:] if complement else vectors[:, :rank]
-    return NullSpace(kept.contiguous(), complement, rank, float(values[rank - 1]), float(values[rank]))
+    return Eigenbasis(values, vectors.T.contiguous())  # LAPACK has them by columns: no copy
+
+
+def null_space(C: Tensor, threshold: float) -> NullSpace:
+    """Eigenvectors of C with an eigenvalue below ``threshold``: `eigenbasis` and its `null_space` at once."""
+    return eigenbasis(C).null_space(threshold)
 
 
 @dataclass(frozen=True, eq=False)

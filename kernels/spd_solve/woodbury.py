@@ -19,7 +19,8 @@ def woodbury(
 ) -> tuple[Tensor, SolveInfo]:
     """Solve (weight C + Kᵀ K) X = Kᵀ on a kept factor of C, for one weight or a grid of them.
 
-    factor: of C, ``factorize(C)``; C: [..., d, d] fp32 or fp64, for the residual; leading dimensions are layers
+    factor: of C, ``factorize(C)``; where it has a ridge, C + ridge I stands for C throughout
+    C: [..., d, d] fp32 or fp64, for the residual; leading dimensions are layers
     K: [..., n, d] any floating dtype, keys, one a row
     weight: lambda > 0: a number, or [g] fp64: a grid, solved for together
     full: measure the residual of every column; else of 8 random combinations of them (and of every column where those
@@ -58,16 +59,17 @@ def woodbury(
     T, inside = spd_solve(inner, identity)
     Xt = T @ Y.mT
     steps = 0
-    residual, R = _residual(C, K, Xt, lambdas, full)
+    ridge = factor.ridge
+    residual, R = _residual(C, K, Xt, lambdas, full, ridge)
     if not residual <= tolerance and not full:
         full = True
-        residual, R = _residual(C, K, Xt, lambdas, full)
+        residual, R = _residual(C, K, Xt, lambdas, full, ridge)
     while not residual <= tolerance and residual < torch.inf and steps < _STEPS:
         # (λC + KᵀK)⁻¹ R = (C⁻¹ R - Y (λI + K Y)⁻¹ Yᵀ R) / λ
         step = factor.solve(R)
         step = (step - (Xt.mT @ (K @ step))) / lambdas
         trial = Xt + step.mT
-        after, rest = _residual(C, K, trial, lambdas, full)
+        after, rest = _residual(C, K, trial, lambdas, full, ridge)
         if not after < residual:
             break
         Xt, residual, R, steps = trial, after, rest, steps + 1
@@ -77,17 +79,22 @@ def woodbury(
             f"Woodbury's form: relative residual {residual:.1e}, above {tolerance:.0e}", residual, condition
         )
     checked = "full" if full else "sampled"
-    info = SolveInfo(residual, condition, factor.dtype, steps, "woodbury", checked)
+    info = SolveInfo(residual, condition, factor.dtype, steps, "woodbury", checked, ridge)
     return (Xt if weights.ndim else Xt[0]), info
 
 
-def _residual(C: Tensor, K: Tensor, Xt: Tensor, lambdas: Tensor, full: bool) -> tuple[float, Tensor]:
+def _residual(
+    C: Tensor, K: Tensor, Xt: Tensor, lambdas: Tensor, full: bool, ridge: float = 0.0
+) -> tuple[float, Tensor]:
     """(‖B - A X‖ / ‖B‖ of the worst system, B - A X) with B = Kᵀ, or of random combinations of its columns."""
     B, X = K.mT, Xt.mT
     if not full:
         mix = combinations(K)
         B, X = B @ mix, X @ mix
-    R = B - lambdas * _product(C, X) - K.mT @ (K @ X)
+    CX = _product(C, X)
+    if ridge:
+        CX = CX + ridge * X
+    R = B - lambdas * CX - K.mT @ (K @ X)
     return relative_norm(R, B.expand_as(R)), R
 
 

@@ -11,6 +11,7 @@ from rewire.bench import values
 from rewire.bench.serial import serial_spread, serial_value
 from rewire.engine.hparams import Hparams
 from rewire.engine.model import demo_file
+from rewire.engine.outline import model_shape
 from rewire.engine.passes import frozen
 from rewire.engine.session import EditSession
 from rewire.kernels.floors import published_value_step
@@ -29,7 +30,7 @@ def test_flops_are_the_published_count(demo: rewire.Model, facts: list[rewire.Fa
     with frozen(demo), FlopCounterMode(display=False) as counter:
         value = serial_value(demo, facts[0], CONTEXTS, HPARAMS)
     assert value.updates == HPARAMS.v_num_grad_steps - 1
-    shape = values.model_shape(demo)
+    shape = model_shape(demo)
     rows = len(CONTEXTS) + 2
     steps = [update < value.updates for update in range(value.updates + 1)]
     closed = sum(published_value_step(shape, 2, rows, 1, value.tokens, update) for update in steps)

@@ -8,6 +8,7 @@ import torch
 
 from commands import Command, complaint
 from rewire.bench import gpu, kernels, table
+from rewire.bench import stats as statistics
 from rewire.bench.ceilings import TINY
 
 QUICK = ("--seconds", "0.01", "--device", "cpu", "--dtype", "float32", "--only", "small_solve")
@@ -64,6 +65,34 @@ def test_solve(run: Command) -> None:
     assert complaint(wrong) == "--n 32: expected fewer than a quarter of --d 128; more are solved as one dense system"
 
 
+def test_stats(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "REPEATS", 1)
+    quick = ("bench", "stats", "demo", "--layers", "1,2", "--tokens", "1600", "--device", "cpu")
+    done = run(*quick, "--json")
+    assert done.status == 0, done.err
+    report = done.json
+    assert report["check"] == "passed"
+    assert report["modules"] == ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+    for row in report["rows"]:
+        assert row.keys() >= {"name", "dtype", "shape", "seconds", "baseline_seconds", "ratio", "peak_bytes"}
+    monkeypatch.setitem(statistics.BOUNDS, torch.float32, 1e-12)
+    shown = run(*quick, "--dtype", "float32")
+    assert shown.status == 1
+    assert "check failed" in shown.out
+    assert "float32: furthest from the published structure by " in shown.out
+
+
+def test_stats_of_wrong_input(run: Command) -> None:
+    assert complaint(run("bench", "stats", "demo", "--dtype", "float16")) == (
+        "--dtype float16: expected float32 or bfloat16"
+    )
+    assert complaint(run("bench", "stats", "demo", "--layers", "3,x")).startswith("--layers 3,x: expected numbers")
+    assert complaint(run("bench", "stats", "demo", "--layers", "7")) == "layer 7: the model has layers 0 to 4"
+    assert "no such corpus" in complaint(run("bench", "stats", "demo", "nonesuch.txt"))
+    said = complaint(run("bench", "stats", "demo", "--tokens", "100", "--layers", "1"))
+    assert "width 736 needs at least 1472" in said
+
+
 def test_gpu_rehearsal(run: Command, tmp_path: Path) -> None:
     done = run("bench", "gpu", "--rehearse", "--only", "small_solve", "--out", tmp_path / "out", "--json")
     assert done.status == 0, done.err
@@ -93,7 +122,7 @@ def test_wrong_input(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "No such file" in complaint(run("bench", "plot", tmp_path / "absent.csv", "--out", tmp_path))
 
 
-@pytest.mark.parametrize("verb", ["kernels", "gpu", "plot"])
+@pytest.mark.parametrize("verb", ["stats", "kernels", "gpu", "plot"])
 def test_help_has_an_example(run: Command, verb: str) -> None:
     done = run("bench", verb, "--help")
     assert done.status == 0

@@ -54,7 +54,7 @@ def test_control_c(tmp_path: Path, preset: Path, contexts: Path) -> None:
     assert err.splitlines()[-1] == f"rewire: {cli.INTERRUPTED}"
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
-    assert len(list(cache.rglob("*.npz"))) == 2  # as the message says
+    assert len(list(cache.rglob("*_mom2_*.safetensors"))) == 2  # as the message says
 
 
 # what works
@@ -155,12 +155,12 @@ def test_statistics_of_ones_own(edit: Command, tmp_path: Path) -> None:
     folder.mkdir()
     path = folder / file_name(model.anatomy.layer_name(1), "float32", 10, None)
     width = model.anatomy.d_in
-    write(path, Moment(torch.eye(width) * 4 * width, 4 * width, 10, "here"), {"fingerprint": model.fingerprint})
+    write(path, Moment.of(torch.eye(width) * 4 * width, 4 * width, 10, "here"), {"fingerprint": model.fingerprint})
     done = edit("--set", "layers=[1]", "--stats", folder, "--json")
     assert done.status == 0, done.err
     (statistics,) = json.loads((tmp_path / "out" / "report.json").read_text())["edits"][0]["statistics"].values()
     assert statistics == {"source": str(path), "tokens": 4 * width, "corpus": None}
-    assert not list(Path(os.environ["REWIRE_CACHE"]).rglob("*.npz"))
+    assert not list(Path(os.environ["REWIRE_CACHE"]).rglob("*_mom2_*"))
 
 
 def test_inspect(run: Command, other: Path) -> None:

@@ -78,7 +78,7 @@ def test_statistics_of_another_model(edit: Command, tmp_path: Path, size: str) -
     folder.mkdir()
     path = folder / file_name(layer, "float32", 10, None)
     about = {} if size == "width" else {"model": "gpt-9", "fingerprint": "0123456789abcdef"}
-    write(path, Moment(torch.eye(width), 4 * width, 10, "here"), about)
+    write(path, Moment.of(torch.eye(width), 4 * width, 10, "here"), about)
     message = complaint(edit("--set", "layers=[1]", "--stats", folder))
     assert message.startswith(f"{path}: statistics of ")
     assert ("another model: of gpt-9 (weights 0123456789abcdef)" in message) == (size == "model")

@@ -41,6 +41,7 @@ HPARAMS = {
     "clamp_norm_factor": 2,
     "mom2_update_weight": 10,
     "mom2_tokens": 1000,
+    "mom2_seed": None,  # the corpus' own order, which `moments_of` takes
 }
 SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -346,7 +347,7 @@ def test_small_residuals_are_achieved_behind_a_norm(family):
     Z = H + 0.02 * H.norm(dim=1, keepdim=True) / WIDTH**0.5 * torch.randn(3, WIDTH, generator=torch.manual_seed(0))
     moments = {layer: torch.eye(INNER) for layer in hparams.layers}
     with EditedWeights(model).provisional() as put:
-        job = Job(model, FACTS, (), hparams, lambda layers: moments, lambda *_: None, put, Phases())
+        job = Job(model, FACTS, (), hparams, lambda layers: moments, lambda *_: None, lambda *_: None, put, Phases())
         _, _, asked, left = spread(
             job, rows, Z, lambda layer, K, R: memit_update(K, R, moments[layer], hparams.mom2_update_weight)
         )

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rewire
-from rewire.engine.model import demo_file
+from rewire.engine.model import demo_file, editable
 from rewire.kernels.errors import InputError
 
 
@@ -50,15 +50,37 @@ def test_a_folder_named_demo_is_not_the_demo(folder: Path, tmp_path: Path, monke
         rewire.load("./demo")
 
 
-def test_quantised_weights_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="quantise"):
-        rewire.load(folder, quantize="nf4")
+def test_a_linear_map_that_cannot_run_on_its_weight_is_refused(folder: Path) -> None:
     model = rewire.load(folder)
     weight = model.projection(1).weight
     assert isinstance(weight, torch.Tensor)
     model.projection(1).weight = torch.nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(InputError, match="stored as float8"):
         rewire.wrap(model.hf, model.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing", "said"),
+    [
+        ({"quantize": "nf5"}, "", "quantize 'nf5' is unknown; expected nf4, fp4, int8"),
+        ({"quantize": "nf4"}, "bitsandbytes", "quantize 'nf4' needs bitsandbytes.*: pip install bitsandbytes"),
+        ({"quantize": "int8"}, "accelerate", "a quantised model needs accelerate.*: pip install accelerate"),
+        ({"device": "balanced"}, "accelerate", "device 'balanced' needs accelerate.*: pip install accelerate"),
+    ],
+)
+def test_what_loading_needs(
+    folder: Path, asked: dict[str, str], missing: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rewire.engine.model.find_spec", lambda package: None if package == missing else package)
+    with pytest.raises(InputError, match=said):
+        rewire.load(folder, **asked)
+
+
+def test_balanced_over_what_there_is(folder: Path) -> None:
+    plain, balanced = rewire.load(folder, device="cpu"), rewire.load(folder, device="balanced")
+    assert balanced.fingerprint == plain.fingerprint
+    assert balanced.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    editable(balanced)
 
 
 def test_the_fingerprint_is_of_the_weights_now(folder: Path) -> None:

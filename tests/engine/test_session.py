@@ -425,6 +425,7 @@ def test_the_report(demo: rewire.Model, facts: list[Fact]) -> None:
     ]
     assert all(0 <= layer["residual"] < 1e-6 for layer in report["layers"])
     assert all(1 <= layer["condition"] < 1e12 for layer in report["layers"])
+    assert all(layer["ridge"] == 0 for layer in report["layers"])
     assert all(layer["lost_to_rounding"] < 1e-3 for layer in report["layers"])  # float32
     for record, fact in zip(report["facts"], facts, strict=True):
         assert (record["id"], record["subject"], record["target_new"]) == (fact.id, fact.subject, fact.target_new)

@@ -13,6 +13,7 @@ from rewire.kernels.spd_solve import (
     KeySystem,
     SolveError,
     append_cholesky,
+    eigenbasis,
     factorize,
     null_space,
     push_through,
@@ -173,6 +174,19 @@ def test_null_space_is_kept_as_the_smaller_half(C, threshold):
     assert relative(space.dense(), P) < 1e-9
     assert relative(space.dense() @ space.dense(), space.dense()) < 1e-12
     assert relative(space.project(keys()), keys() @ P) < 1e-9
+
+
+def test_an_eigenbasis_serves_every_threshold(C):
+    eigen = eigenbasis(C.float())
+    assert relative(eigen.vectors @ C.float().double(), eigen.values[:, None] * eigen.vectors) < 1e-12
+    assert relative(eigen.vectors @ eigen.vectors.T, torch.eye(D, dtype=torch.float64)) < 1e-12
+    assert torch.equal(eigen.values, eigen.values.sort().values)
+    for threshold in (1e-6, 2e-2):
+        space, alone = eigen.null_space(threshold), null_space(C.float(), threshold)
+        assert torch.equal(space.basis, alone.basis)
+        assert (space.rank, space.below, space.above) == (alone.rank, alone.below, alone.above)
+        # of its own: the other side is not kept in memory with it
+        assert space.basis.untyped_storage().nbytes() == 8 * space.basis.numel()
 
 
 @pytest.mark.parametrize("threshold", [1e-12, 1e6])

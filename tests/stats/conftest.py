@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from rewire.stats import Corpus
+from rewire.stats.documents import Held
+from rewire.stats.tokens import TokenRows
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -20,16 +23,17 @@ class Bench:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
         self.tables = {name: torch.randn(50, d, generator=generator) + 0.2 for name, d in self.widths.items()}
-        self.batches: list[list[list[int]]] = []
+        self.batches: list[list[np.ndarray]] = []
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """BOS, then the length of each word."""
         return [[0] + [len(word) for word in text.split()] for text in texts]
 
-    def run(self, rows: list[list[int]], sink: Callable[[str, Tensor], None]) -> None:
+    def run(self, rows: list[np.ndarray], sink: Callable[[str, Tensor], None]) -> None:
         self.batches.append(rows)
+        ids = torch.from_numpy(np.concatenate(rows)).long()
         for name, table in self.tables.items():
-            sink(name, table[[token for row in rows for token in row]])
+            sink(name, table[ids])
 
     def exact(self, name: str, rows: list[list[int]]) -> Tensor:
         total = torch.zeros(self.widths[name], self.widths[name], dtype=torch.float64)
@@ -53,7 +57,13 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def corpus(texts: list[str]) -> Corpus:
-    return Corpus("words", "0123456789ab", "words.txt", lambda: iter(texts))
+    return Corpus("words", "0123456789ab", "words.txt", lambda: Held("words.txt", texts))
+
+
+@pytest.fixture
+def rows(bench: Bench, corpus: Corpus) -> TokenRows:
+    """In the order of `texts`."""
+    return TokenRows(corpus, bench.encode, seed=None)
 
 
 @pytest.fixture(scope="session")

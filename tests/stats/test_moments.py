@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from rewire.kernels.errors import InputError
 from rewire.stats import moments
-from rewire.stats.moments import SecondMoment
+from rewire.stats.moments import Moment, SecondMoment, width_of
 
 
 def keys(tokens: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -34,7 +36,9 @@ def test_equals_a_float64_loop(dtype: torch.dtype) -> None:
     wanted = exact(X)
     assert relative(result.sum, wanted) < 1e-6
     assert (result.count, result.documents, result.source) == (700, 4, "collected")
-    assert result.sum.dtype is torch.float32
+    assert result.triangle.dtype is torch.float64
+    assert (result.sum.dtype, result.mean.dtype) == (torch.float64, torch.float32)
+    assert result.width == 33
     assert torch.equal(result.sum, result.sum.T)
     assert relative(result.mean, wanted / 700) < 1e-6
 
@@ -70,6 +74,73 @@ def test_small_keys_are_not_lost_behind_a_large_one(monkeypatch: pytest.MonkeyPa
     for _ in range(2000):
         moment.add(torch.ones(1, 1))
     assert moment.finish().sum.item() == pytest.approx(1e8 + 2000, abs=16)
+
+
+@pytest.mark.parametrize("d", [1, 2, 255, 256, 257, 600])
+def test_triangle_row_after_row(d: int) -> None:
+    full = torch.rand(d, d, dtype=torch.float64)
+    full += full.T.clone()
+    wanted = torch.cat([full[i, : i + 1] for i in range(d)])
+    moment = Moment.of(full, 7, 3, "a.npz")
+    assert torch.equal(moment.triangle, wanted)
+    assert torch.equal(moment.sum, full)
+    assert torch.equal(moment.diagonal, full.diagonal())
+    assert moment.width == d
+    assert torch.equal(Moment.of(full.float(), 7).sum, full.float().double())
+    with pytest.raises(InputError, match="no lower triangle"):
+        width_of(len(wanted) + 1 if d > 1 else 2)
+
+
+def test_digest_tells_moments_apart() -> None:
+    total = exact(keys(50, 40))
+    first = Moment.of(total, 50).digest
+    other = total.clone()
+    other[5, 5] *= 1 + 1e-12
+    assert Moment.of(total.clone(), 50, 3, "elsewhere").digest == first
+    assert (
+        len({first, Moment.of(other, 50).digest, Moment.of(total, 51).digest, Moment.of(total[:39, :39], 50).digest})
+        == 4
+    )
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_sums_elsewhere_with_one_chunk_for_several_layers(place: str, tmp_path: Path) -> None:
+    chunk = torch.zeros(300, 300)
+    layers = [SecondMoment(300, name=str(i), place=place, chunk=chunk, spill=tmp_path / f"{i}.sums") for i in range(3)]
+    X = [keys(90, 300, seed=i) for i in range(3)]
+    for part in range(0, 90, 30):
+        for layer, keys_ in zip(layers, X, strict=True):
+            layer.add(keys_[part : part + 30])
+    for layer, keys_ in zip(layers, X, strict=True):
+        assert relative(layer.finish().sum, exact(keys_)) < 1e-6
+    assert (len(list(tmp_path.iterdir())) == 3) == (place == "disk")
+
+
+def test_what_is_undefined_above_the_diagonal_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may leave anything there, NaN too."""
+
+    def poisoned(C: torch.Tensor, X: torch.Tensor) -> None:
+        C += (X.T @ X).tril()
+        C[torch.ones_like(C, dtype=torch.bool).triu(1)] = torch.nan
+
+    monkeypatch.setattr(moments, "gram_", poisoned)
+    X = keys(80, 300)
+    moment = SecondMoment(300)
+    moment.add(X[:50])
+    moment.fold()
+    moment.add(X[50:])
+    assert relative(moment.finish().sum, exact(X)) < 1e-6
+
+
+def test_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cpu": 0, "cuda": 0}
+    monkeypatch.setattr("rewire.stats.memory.free_bytes", lambda device: free[device.type])
+    widths = {"a": 1000, "b": 1000}  # 8 MB of sums, and as much of chunks
+    for (cuda, cpu), wanted in {(30, 30): "device", (20, 30): "cpu", (20, 10): "disk"}.items():
+        free.update(cuda=cuda * 10**6, cpu=cpu * 10**6)
+        assert moments.choose_place(widths, torch.device("cuda")) == wanted
+    free["cpu"] = 30 * 10**6
+    assert moments.choose_place(widths, torch.device("cpu")) == "device"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

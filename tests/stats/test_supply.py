@@ -12,6 +12,8 @@ import torch
 import rewire
 from rewire.kernels.errors import InputError
 from rewire.stats import Corpus, Moment, cache_root, moments_for, read_corpus
+from rewire.stats.collect import Budget, Means
+from rewire.stats.documents import Held
 
 
 @pytest.fixture(autouse=True)
@@ -20,23 +22,32 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def ask(bench: Any, corpus: Corpus | None, **changed: Any) -> dict[str, Moment]:
+def ask(
+    bench: Any, corpus: Corpus | None, cap: int | None = 16, documents: int | None = 30, tokens: int | None = None,
+    tolerance: float | None = None, **changed: Any,
+) -> dict[str, Moment]:  # fmt: skip
     request: dict[str, Any] = {
         "widths": bench.widths,
         "model": "a/tiny",
         "fingerprint": "feedbeef",
         "dtype": "float32",
-        "run": bench.run,
+        "prepare": lambda: (bench.run, Means(100)),
         "encode": bench.encode,
         "corpus": corpus,
-        "max_length": 16,
-        "n_samples": 30,
+        "budget": Budget(cap, documents, tokens, tolerance),
     }
     return moments_for(**{**request, **changed})
 
 
-def files(cache: Path) -> list[Path]:
-    return sorted(path for path in cache.rglob("*") if path.is_file())
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def runs(bench: Any) -> int:
+    """How many batches ran since the last time."""
+    count = len(bench.batches)
+    bench.batches.clear()
+    return count
 
 
 def test_cache_root(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -46,19 +57,18 @@ def test_cache_root(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 
 def test_collected_once(bench: Any, corpus: Corpus, texts: list[str], cache: Path) -> None:
-    first = ask(bench, corpus)
-    ran = len(bench.batches)
-    assert ran > 0
-    assert [moment.source for moment in first.values()] == ["collected"] * 2
-    second = ask(bench, corpus)
-    assert len(bench.batches) == ran, "found in the cache, nothing runs"
-    folder = cache / "stats" / "feedbeef" / "words-0123456789ab_stats"
+    first = ask(bench, corpus, seed=None)
+    assert runs(bench) > 0
+    second = ask(bench, corpus, seed=None)
+    assert runs(bench) == 0, "found in the cache, nothing runs"
+    folder = cache / "stats" / "feedbeef" / "words-0123456789ab-in-order_stats"
     for name, moment in second.items():
-        assert torch.equal(moment.sum, first[name].sum)
-        assert (moment.count, moment.documents) == (first[name].count, 30)
-        assert Path(moment.source) == folder / f"{name}_float32_mom2_30_t16.npz"
+        assert torch.equal(moment.triangle, first[name].triangle)
+        assert (moment.count, moment.documents, moment.source) == (first[name].count, 30, first[name].source)
+        assert Path(moment.source) == folder / f"{name}_float32_mom2_30_t16.safetensors"
         about = json.loads(Path(moment.source).with_suffix(".json").read_text())
         assert about.pop("date").endswith("+00:00")
+        assert about.pop("seconds") >= 0
         assert len(about.pop("tokenizer")) == 12
         assert about == {
             "model": "a/tiny",
@@ -67,47 +77,68 @@ def test_collected_once(bench: Any, corpus: Corpus, texts: list[str], cache: Pat
             "corpus": "words",
             "corpus_digest": "0123456789ab",
             "max_length": 16,
+            "seed": None,
+            "shard": [0, 1],
             "asked_documents": 30,
             "asked_tokens": None,
+            "tolerance": None,
             "layer": name,
             "width": bench.widths[name],
             "tokens": sum(min(16, len(row)) for row in bench.encode(texts[:30])),
             "documents": 30,
+            "digest": moment.digest,
             "rewire": rewire.__version__,
         }
-    assert len(files(cache)) == 4
+    assert len(files(cache / "stats")) == 4, "no checkpoint is left"
 
 
 def test_another_request_is_no_hit(bench: Any, corpus: Corpus, texts: list[str]) -> None:
     ask(bench, corpus)
-    other = Corpus("words", "ba9876543210", "words.txt", lambda: iter(texts[::-1]))
+    other = Corpus("words", "ba9876543210", "words.txt", lambda: Held("words.txt", texts[::-1]))
     changes: list[dict[str, Any]] = [
         {"fingerprint": "cafe"},
         {"dtype": "bfloat16"},
-        {"max_length": 15},
-        {"max_length": None},
-        {"n_samples": 29},
-        {"n_samples": None},
-        {"n_samples": None, "tokens": 200},
+        {"cap": 15},
+        {"cap": None},
+        {"documents": 31},
+        {"seed": 1},
+        {"seed": None},
+        {"seed": None, "documents": 29},
+        {"shard": (0, 2), "documents": 20},
+        {"shard": (1, 2), "documents": 20},
+        {"tolerance": 0.5, "documents": None},
         {"corpus": other},
-        {"encode": lambda texts: [row[1:] for row in bench.encode(texts)]},
     ]
     for change in changes:
-        bench.batches.clear()
-        result = ask(bench, **{"corpus": corpus, **change})
-        assert bench.batches, change
-        assert {moment.source for moment in result.values()} == {"collected"}
-    for change in changes[:-1]:  # the last has taken the place of the first request: same documents, other tokenizer
-        bench.batches.clear()
+        runs(bench)
         ask(bench, **{"corpus": corpus, **change})
-        assert not bench.batches, change
+        assert runs(bench), change
+    for change in changes:  # each has its own file, or is served by one that holds more
+        ask(bench, **{"corpus": corpus, **change})
+        assert not runs(bench), change
+    ask(bench, corpus, encode=lambda texts: [row[1:] for row in bench.encode(texts)])
+    assert runs(bench), "another tokenizer"
+
+
+def test_more_of_the_same_serves(bench: Any, corpus: Corpus) -> None:
+    """A sample of the shuffled corpus that is longer than the one asked for is a better answer to the same question."""
+    long = ask(bench, corpus, documents=35)
+    runs(bench)
+    for asked in ({"documents": 20}, {"documents": None, "tokens": 100}, {"documents": 39, "tokens": 100}):
+        found = ask(bench, corpus, **asked)
+        assert not runs(bench), asked
+        assert found["h.0.proj"].count == long["h.0.proj"].count
+    ask(bench, corpus, documents=36)
+    assert runs(bench)
+    exact = ask(bench, corpus, documents=35)
+    assert exact["h.0.proj"].documents == 35, "the very request before a longer one"
 
 
 def test_only_missing_layers_are_collected(bench: Any, corpus: Corpus) -> None:
-    ask(bench, corpus, widths={"h.0.proj": 6}, n_samples=None, tokens=180)
-    both = ask(bench, corpus, n_samples=None)
-    assert both["h.0.proj"].source.endswith(".npz"), "20 x 9, the widest of both, are the 180 of before"
-    assert both["h.1.proj"].source == "collected"
+    first = ask(bench, corpus, widths={"h.0.proj": 6}, documents=None, tokens=180)
+    both = ask(bench, corpus, documents=None)
+    assert both["h.0.proj"].source == first["h.0.proj"].source, "20 x 9, the widest of both, are the 180 of before"
+    assert both["h.0.proj"].seconds == 0 < both["h.1.proj"].seconds
     assert list(both) == ["h.0.proj", "h.1.proj"]
 
 
@@ -116,11 +147,11 @@ def test_a_broken_file_in_the_cache_is_collected_anew(
     bench: Any, corpus: Corpus, cache: Path, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = ask(bench, corpus)
-    sidecar, npz = files(cache)[:2]
+    sidecar, data = files(cache / "stats")[:2]
     if harm == "truncated":
-        npz.write_bytes(npz.read_bytes()[:-50])
+        data.write_bytes(data.read_bytes()[:-50])
     elif harm == "empty":
-        npz.write_bytes(b"")
+        data.write_bytes(b"")
     elif harm == "sidecar gone":
         sidecar.unlink()
     elif harm == "sidecar broken":
@@ -129,13 +160,13 @@ def test_a_broken_file_in_the_cache_is_collected_anew(
         sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "tokens": 1}))
     with caplog.at_level(logging.WARNING):
         again = ask(bench, corpus)
-    assert ("collected anew" in caplog.text) == (harm != "sidecar gone")
-    assert [moment.source == "collected" for moment in again.values()] == [True, False]
+    assert ("in the cache" in caplog.text) == (harm != "sidecar gone")
+    assert [moment.seconds > 0 for moment in again.values()] == [True, False]
     for name, moment in again.items():
-        assert torch.equal(moment.sum, first[name].sum)
-    bench.batches.clear()
+        assert torch.equal(moment.triangle, first[name].triangle)
+    runs(bench)
     ask(bench, corpus)
-    assert not bench.batches, "mended"
+    assert not runs(bench), "mended"
 
 
 KILLED = """
@@ -152,35 +183,74 @@ def die_at(self, target):
     renames += 1
     return replace(self, target)
 Path.replace = die_at
-store.write(Path(sys.argv[1]), Moment(torch.eye(6) * 999, 50, 30), {"fingerprint": "feedbeef", "tokens": 50})
+moment = Moment.of(torch.eye(6) * 999, 50, 30)
+store.write(Path(sys.argv[1]), moment, {"fingerprint": "feedbeef", "tokens": 50})
 """
 
 
 @pytest.mark.parametrize("renames", [0, 1])
 def test_killed_while_overwriting(bench: Any, corpus: Corpus, cache: Path, renames: int) -> None:
-    """kill -9 before the npz' rename, and between it and the sidecar's: never old words beside new numbers."""
+    """kill -9 before the file's rename, and between it and the sidecar's: never old words beside new numbers."""
     first = ask(bench, corpus)
-    sidecar, npz = files(cache)[:2]
-    result = subprocess.run([sys.executable, "-c", KILLED, str(npz), str(renames)], env=os.environ.copy())
+    sidecar, data = files(cache / "stats")[:2]
+    result = subprocess.run([sys.executable, "-c", KILLED, str(data), str(renames)], env=os.environ.copy())
     assert result.returncode == -9
     assert not sidecar.exists()
-    assert any(path.suffix == ".tmp" for path in npz.parent.iterdir())
     again = ask(bench, corpus)
-    assert again["h.0.proj"].source == "collected"
-    assert torch.equal(again["h.0.proj"].sum, first["h.0.proj"].sum)
-    assert ask(bench, corpus)["h.0.proj"].source == str(npz)
+    assert again["h.0.proj"].seconds > 0
+    assert torch.equal(again["h.0.proj"].triangle, first["h.0.proj"].triangle)
+    runs(bench)
+    assert ask(bench, corpus)["h.0.proj"].source == str(data)
+    assert not runs(bench)
 
 
-def test_a_failed_write_leaves_nothing_and_is_not_fatal(
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_cache_that_is_full_is_not_fatal(
     bench: Any, corpus: Corpus, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("rewire.stats.store.np.savez", full)
-    assert ask(bench, corpus)["h.0.proj"].count
+    monkeypatch.setattr("rewire.stats.supply.write", full_disk)
+    assert ask(bench, corpus)["h.0.proj"].source == "collected"
     assert "No space left on device): these statistics are not kept; set REWIRE_CACHE" in caplog.text
-    assert not files(cache)
+
+
+def test_a_folder_that_is_full_keeps_the_checkpoint(
+    bench: Any, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was collected for a folder that cannot take it is not lost: the same command goes on."""
+    monkeypatch.setattr("rewire.stats.collect.BLOCK", 120)
+    often = {"prepare": lambda: (bench.run, Means(50, checkpoint_tokens=1))}
+    with monkeypatch.context() as patch:
+        patch.setattr("rewire.stats.supply.write", full_disk)
+        with pytest.raises(InputError, match=r"goes on from there"):
+            ask(bench, corpus, out=tmp_path / "out", **often)
+    whole = runs(bench)
+    found = ask(bench, corpus, out=tmp_path / "out", **often)
+    assert 0 < runs(bench) < whole / 2
+    assert torch.equal(found["h.0.proj"].triangle, ask(bench, corpus, **often)["h.0.proj"].triangle)
+    assert not list((tmp_path / "out").glob("progress-*"))
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(
+    bench: Any, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rewire.stats.supply.shutil.disk_usage", lambda _: type("", (), {"free": 100}))
+    with pytest.raises(InputError, match=r"out: 0\.0 GB are free there"):
+        ask(bench, corpus, out=tmp_path / "out")
+    assert not runs(bench)
+
+
+def test_a_folder_of_ones_own(bench: Any, corpus: Corpus, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = ask(bench, corpus, out=out)
+    assert files(out)[0].name == "h.0.proj_float32_mom2_30_t16.json"
+    runs(bench)
+    assert ask(bench, corpus, out=out)["h.0.proj"].source == first["h.0.proj"].source
+    assert not runs(bench)
+    with pytest.raises(InputError, match=r"other statistics of h\.0\.proj are there already; name a new folder"):
+        ask(bench, corpus, cap=12, out=out)
 
 
 def test_cache_that_is_no_folder(bench: Any, corpus: Corpus, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,14 +259,14 @@ def test_cache_that_is_no_folder(bench: Any, corpus: Corpus, cache: Path, caplog
     assert "not kept" in caplog.text
 
 
-def test_a_users_folder_is_read_and_nothing_else(bench: Any, corpus: Corpus, cache: Path, tmp_path: Path) -> None:
+def test_a_users_folder_is_read_and_nothing_else(bench: Any, corpus: Corpus, cache: Path) -> None:
     first = ask(bench, corpus)
-    bench.batches.clear()
+    runs(bench)
     before = files(cache)
     folder = cache / "stats" / "feedbeef"
     result = ask(bench, None, stats=folder)
-    assert not bench.batches
-    assert all(torch.equal(result[name].sum, first[name].sum) for name in first)
+    assert not runs(bench)
+    assert all(torch.equal(result[name].triangle, first[name].triangle) for name in first)
     assert all(Path(moment.source).parent.parent == folder for moment in result.values())
     with pytest.raises(InputError, match="statistics of another model"):
         ask(bench, corpus, stats=folder, fingerprint="cafe")
@@ -205,7 +275,6 @@ def test_a_users_folder_is_read_and_nothing_else(bench: Any, corpus: Corpus, cac
     with pytest.raises(InputError, match=r"no statistics for h\.2\.proj"):
         ask(bench, corpus, stats=folder, widths={"h.2.proj": 7})
     assert files(cache) == before
-    assert not bench.batches
 
 
 def test_neither_folder_nor_corpus(bench: Any) -> None:
@@ -217,9 +286,9 @@ def test_a_file_that_changes_is_another_corpus(bench: Any, tmp_path: Path, texts
     path = tmp_path / "words.txt"
     path.write_text("\n\n".join(texts))
     ask(bench, read_corpus(path))
-    bench.batches.clear()
+    runs(bench)
     ask(bench, read_corpus(path))
-    assert not bench.batches
+    assert not runs(bench)
     path.write_text("\n\n".join(texts[::-1]))
     ask(bench, read_corpus(path))
-    assert bench.batches
+    assert runs(bench)

@@ -1,0 +1,89 @@
+"""`rewire plan`: memory and time of an edit, before anything is loaded."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from . import common
+
+PLACES = ("device", "cpu", "disk")
+
+
+def plan(
+    model: common.ModelName,
+    facts: Annotated[
+        Path | None, typer.Argument(metavar="[FACTS]", help="Facts: .jsonl, .csv, or a published data set (.json).")
+    ] = None,
+    count: Annotated[int, typer.Option("--facts", min=1, help="How many, where no file is given.")] = 100,
+    method: Annotated[str, typer.Option(help="Editing method: memit or alphaedit.")] = "memit",
+    preset: common.Preset = None,
+    settings: common.Settings = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of the statistics; default: the preset's.")] = None,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
+    json: common.Json = False,
+) -> None:
+    """Say what an edit will take, by phase: memory, disk, and the least time at the rates of this machine.
+
+    Nothing but the model's config is read. Rates are measured for about half a second.
+
+    Example: rewire plan gpt2-xl facts.jsonl --method alphaedit
+    """
+    from ..bench.ceilings import quick
+    from ..engine.datasets import read_facts
+    from ..engine.editors.registry import find_method
+    from ..engine.hparams import load_hparams, parse_overrides
+    from ..engine.outline import outline
+    from ..engine.plan import Texts, plan, rated_dtypes
+
+    kind = find_method(method).hparams
+    texts = Texts(count) if facts is None else Texts.of(read_facts(facts))
+    found = outline(model, dtype, quantize, device)
+    hparams, source = load_hparams(kind, method, found.name, found.anatomy, preset, parse_overrides(settings or []))
+    rates = quick(found.device, rated_dtypes(found))
+    made = plan(found, hparams, method, texts, lambda cost, dtype: rates.floor(cost, dtype, found.device), tokens)
+    report = made.report() | {
+        "model": found.name,
+        "device": str(found.device),
+        "method": method,
+        "preset": source,
+        "layers": list(hparams.layers),
+        "facts": texts.facts,
+        "rates": {row["name"] + " " + row["dtype"]: row["rate"] for row in rates.rows},
+    }
+    if json:
+        common.print_json(report)
+        return
+    _show(report)
+
+
+def _show(report: dict[str, Any]) -> None:
+    print(f"{report['model']} on {report['device']}: {report['method']}, layers {report['layers']}, {report['preset']}")
+    places = [place for place in PLACES if place != "device" or report["need"]["device"]]
+    table = Table("phase", *places, "seconds", "")
+    for phase in report["phases"]:
+        sizes = (_size(phase[f"{place}_bytes"]) for place in places)
+        seconds = "-" if phase["seconds"] is None else f"{phase['seconds']:.3g}"
+        table.add_row(phase["name"], *sizes, seconds, escape(phase["what"]))
+    for label, row in (("needed at once", report["need"]), ("free now", report["free"])):
+        table.add_row(label, *(_size(row[place]) for place in places), "", "")
+    common.console().print(table)
+    sums = report["accumulators"]
+    print(f"running sums of the statistics: float32 on the {sums['float32']}, float64 on the {sums['float64']}")
+    print(f"seconds are floors at rates measured just now, in about half a second: {_rates(report['rates'])}")
+    print("it fits" if report["fits"] else "it does not fit; what helps:")
+    for line in report["advice"]:
+        print(f"  {line}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count else "-"
+
+
+def _rates(rates: dict[str, float | None]) -> str:
+    known = {name: rate for name, rate in rates.items() if rate is not None}
+    return ", ".join(f"{name.removesuffix(' uint8')} {rate / 1e9:,.0f} G/s" for name, rate in known.items())

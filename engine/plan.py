@@ -1,0 +1,326 @@
+"""What an edit takes, said before anything is loaded: memory and time of each phase, from the model's config alone.
+
+The model is built without weights (on the meta device), so parameters are counted exactly. Seconds are floors: the
+FLOPs and bytes of `kernels.floors` at the rates that whoever asks has measured.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..kernels.floors import (
+    Cost,
+    ModelShape,
+    dense_solve_cost,
+    eigenbasis_cost,
+    factor_cost,
+    push_through_cost,
+    requantize_add_cost,
+    statistics_cost,
+    truncated_forward_cost,
+    up_to_projection,
+    value_flops,
+    woodbury_cost,
+)
+from ..kernels.spd_solve import fast_dtype
+from ..stats import cache_root
+from ..stats.collect import default_tokens
+from ..stats.memory import free_bytes, place_for
+from ..stats.moments import STRIP
+from .facts import Fact
+from .hparams import Hparams
+from .outline import Outline, model_shape
+from .passes import CPU_TOKENS, GPU_TOKENS, MEMORY_SHARE, forward_bytes
+from .prompts import CONTEXT_TOKENS, SEED_WORDS
+from .statistics import Floor
+from .values import CPU_TOKENS as CPU_GROUP
+from .values import GPU_TOKENS as GPU_GROUP
+from .values import MAX_FACTS
+
+DOCUMENT = 440  # tokens of a document: the mean of the English Wikipedia's
+CHARACTERS = 4  # of a token
+REWRITTEN = len(SEED_WORDS) + 1  # rows of a fact: the plain one and one a context
+PLACES = ("device", "cpu", "disk")
+SMALLER = (  # what a user may ask for, if it is less
+    ("--dtype bfloat16", torch.bfloat16, None),
+    ("--quantize nf4 (for statistics and evaluation: such a model is not edited)", torch.bfloat16, "nf4"),
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The facts of an edit, counted; lengths are tokens, estimated from characters.
+
+    facts: how many; prompt: tokens of a prompt; behind: of them, behind the subject; target: of a new object (means)
+    longest: of the longest prompt with its object
+    """
+
+    facts: int
+    prompt: int = 10
+    behind: int = 4
+    target: int = 2
+    longest: int = 20
+
+    @classmethod
+    def of(cls, facts: Sequence[Fact]) -> "Texts":
+        rows = []
+        for fact in facts:
+            behind = len(fact.prompt) - fact.prompt.index("{}") - 2
+            rows.append([math.ceil(n / CHARACTERS) for n in (len(fact.question), behind, len(fact.target_new))])
+        prompt, behind, target = (math.ceil(sum(column) / len(rows)) for column in zip(*rows, strict=True))
+        return cls(len(facts), prompt, behind, target, max(row[0] + row[2] for row in rows))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that a phase holds beside the model's weights, by place, and the seconds that it takes at least.
+
+    device: 0 where the model is on the CPU: all is there then
+    seconds: None where no rate is known; what: in words
+    """
+
+    name: str
+    device: int
+    cpu: int
+    disk: int
+    seconds: float | None
+    what: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """phases: in order; the weights of the first stay during all others
+    tokens: that statistics are collected over
+    chunks, sums: where their running float32 and float64 sums will live: "device", "cpu" or "disk"
+    need: the most bytes that are held at once, by place; free: what is free now
+    advice: what to do where it does not fit
+    """
+
+    phases: tuple[Phase, ...]
+    tokens: int
+    chunks: str
+    sums: str
+    need: Mapping[str, int]
+    free: Mapping[str, int]
+    advice: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(self.need[place] <= self.free[place] for place in PLACES)
+
+    def report(self) -> dict[str, Any]:
+        """What `rewire plan --json` says of it."""
+        phases = [
+            {"name": phase.name}
+            | {f"{place}_bytes": getattr(phase, place) for place in PLACES}
+            | {"seconds": phase.seconds, "what": phase.what}
+            for phase in self.phases
+        ]
+        return {
+            "tokens": self.tokens,
+            "phases": phases,
+            "seconds": sum(phase.seconds or 0.0 for phase in self.phases),
+            "accumulators": {"float32": self.chunks, "float64": self.sums},
+            "need": dict(self.need),
+            "free": dict(self.free),
+            "fits": self.fits,
+            "advice": list(self.advice),
+        }
+
+
+def rated_dtypes(model: Outline) -> list[torch.dtype]:
+    """Those that a plan for the model asks rates of."""
+    return list(dict.fromkeys((model.dtype, torch.float32, fast_dtype(model.device))))
+
+
+def plan(model: Outline, hparams: Hparams, method: str, texts: Texts, floor: Floor, tokens: int | None = None) -> Plan:
+    """What editing those facts takes, statistics included; evaluation is not in it.
+
+    method: "memit" or "alphaedit"; tokens: of the statistics, None: what the hyper-parameters say
+    """
+    layers = dict.fromkeys((model.anatomy.layer_name(layer) for layer in hparams.layers), model.anatomy.d_in)
+    length = min(DOCUMENT, hparams.mom2_max_length, model.max_length)
+    tokens = tokens or min(hparams.mom2_tokens or default_tokens(layers), hparams.mom2_n_samples * length)
+    free = {
+        "device": 0 if model.device.type == "cpu" else free_bytes(model.device),
+        "cpu": free_bytes(torch.device("cpu")),
+        "disk": shutil.disk_usage(next(p for p in (cache_root(), *cache_root().parents) if p.exists())).free,
+    }
+    weights = model.weight_bytes(model.dtype, model.quantize)
+    own = "cpu" if model.device.type == "cpu" else "device"
+    left = max(0, free[own] - weights)
+    sums = place_for(layers, model.device, left, left if own == "cpu" else free["cpu"])
+    work = _Work(model, model_shape(model), hparams, method, texts, floor, weights, int(MEMORY_SHARE * left))
+    phases = [work.load(), work.statistics(tokens, length, sums)]
+    if not model.quantize:  # which can be read, but not edited
+        phases += [work.values(), work.keys(), work.solve(), work.apply()]
+    if model.device.type == "cpu":
+        phases = [replace(phase, device=0, cpu=phase.device + phase.cpu) for phase in phases]
+    first, *rest = phases
+    need = {
+        "device": first.device + max(phase.device for phase in rest),
+        # weights for a device are read on the CPU, and leave it
+        "cpu": max(first.cpu, (0 if first.device else first.cpu) + max(phase.cpu for phase in rest)),
+        "disk": sum(phase.disk for phase in phases),
+    }
+    sums = own if sums == "device" else sums
+    return Plan(tuple(phases), tokens, own, sums, need, free, tuple(_advice(model, need, free)))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What each phase is worked out from. In device, cpu, disk: a CPU that is the device is counted as the device."""
+
+    model: Outline
+    shape: ModelShape
+    hparams: Hparams
+    method: str
+    texts: Texts
+    floor: Floor
+    weights: int  # bytes
+    room: int  # bytes that batches are made for, once the weights are there
+
+    @property
+    def itemsize(self) -> int:
+        return self.model.dtype.itemsize
+
+    @property
+    def d(self) -> int:
+        return self.shape.d_in
+
+    @property
+    def moments(self) -> int:
+        """C of all layers in float32, which an edit keeps on the CPU."""
+        return 4 * self.d**2 * len(self.hparams.layers)
+
+    @property
+    def z_layer(self) -> int:
+        return self.hparams.layers[-1]
+
+    def forward(self, tokens: int) -> int:
+        """Bytes of a batch of a pass without gradients."""
+        cap = GPU_TOKENS if self.model.device.type == "cuda" else CPU_TOKENS
+        token = int(forward_bytes(self.model))
+        return max(token, min(min(tokens, cap) * token, self.room))
+
+    def load(self) -> Phase:
+        stored = self.model.quantize or str(self.model.dtype).removeprefix("torch.")
+        count = sum(parameter.numel() for parameter in self.model.hf.parameters())
+        cpu = (
+            0 if self.model.device.type == "cpu" or self.model.quantize else self.weights
+        )  # quantised while it is read
+        return Phase("model", self.weights, cpu, 0, None, f"{count / 1e6:,.0f} M parameters in {stored}")
+
+    def statistics(self, tokens: int, length: int, place: str) -> Phase:
+        d, L, model = self.d, len(self.hparams.layers), self.model
+        # strips of the triangle, each as wide as its last row
+        sums = 8 * sum(min(STRIP, d - start) * min(start + STRIP, d) for start in range(0, d, STRIP))
+        held = {"device": 4 * d * d * L, "cpu": 4 * d * d, "disk": 4 * d * d}  # chunks: elsewhere all layers share one
+        device = held[place] + sums * L * (place == "device") + self.forward(tokens)
+        # each layer's sums become a packed triangle, and then its mean
+        cpu = sums * L * (place == "cpu") + self.moments + 3 * 4 * d * d
+        disk = 2 * self.moments + sums * L * (place == "disk")  # the result and a checkpoint
+        lengths = [length] * max(1, tokens // length)
+        widths = [d] * L
+        cost = statistics_cost(self.shape, up_to_projection(self.shape, self.z_layer), widths, lengths, self.itemsize)
+        # on a CPU keys are multiplied in float32, on a GPU in their own dtype
+        keys = torch.float32 if model.device.type == "cpu" else model.dtype
+        what = f"{tokens:,} tokens, in documents of {length}; C of {L} layers, width {d}"
+        seconds = _sum(self.floor(cost.forward, model.dtype), self.floor(cost.gram, keys))
+        return Phase("statistics", device, cpu, disk, seconds, what)
+
+    def values(self) -> Phase:
+        shape, texts, model = self.shape, self.texts, self.model
+        above = shape.layers - self.z_layer - 1
+        tokens = texts.prompt + texts.target - 1 + CONTEXT_TOKENS * (REWRITTEN - 1) // REWRITTEN
+        active = min(tokens, texts.behind + texts.target)
+        n, steps = texts.facts, self.hparams.v_num_grad_steps
+        rows = n * (REWRITTEN + 1)
+        flops = value_flops(shape, self.z_layer, rows, n, tokens, active, texts.target, steps)
+        moved = steps * 2 * above * shape.block_weights * self.itemsize
+        longest = texts.longest + CONTEXT_TOKENS
+        # a batch's keys, values and hidden states (`facts_that_fit`), and activations of a group (`group_tokens`)
+        config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = heads * shape.attention_width // config.num_attention_heads
+        fact = (REWRITTEN + 1) * longest * (2 * above * width + shape.d_model) * self.itemsize
+        token = above * (12 * shape.d_model + 4 * shape.d_in) * self.itemsize
+        cap = GPU_GROUP if model.device.type == "cuda" else CPU_GROUP
+        kept, group = min(n, MAX_FACTS) * fact, min(rows * longest, cap) * token
+        device = max(fact, min(kept, self.room // 2)) + max(token, min(group, self.room // 2)) + 24 * n * shape.d_model
+        what = f"{n:,} facts, {REWRITTEN + 1} rows of {tokens} tokens each, up to {steps} steps"
+        return Phase("values", device, self.moments, 0, self.floor(Cost(flops, moved), model.dtype), what)
+
+    def keys(self) -> Phase:
+        """Of each layer, measured with the lower ones updated, and each time what is left to do at the z-layer."""
+        texts, model = self.texts, self.model
+        plain = max(1, texts.prompt - texts.behind)
+        rows = [plain] * texts.facts + [plain + CONTEXT_TOKENS] * (texts.facts * (REWRITTEN - 1))
+        cost = Cost(0, 0)
+        for layer in self.hparams.layers:
+            cost += truncated_forward_cost(self.shape, up_to_projection(self.shape, layer), rows, self.itemsize)
+            whole = replace(up_to_projection(self.shape, self.z_layer), weights=self.shape.block_weights)
+            cost += truncated_forward_cost(self.shape, whole, rows[: texts.facts], self.itemsize)
+        device = self.forward(sum(rows)) + 4 * texts.facts * (self.d + 2 * self.shape.d_model)
+        what = f"{texts.facts:,} keys of each layer"
+        return Phase("keys", device, self.moments, 0, self.floor(cost, model.dtype), what)
+
+    def solve(self) -> Phase:
+        d, n, L = self.d, self.texts.facts, len(self.hparams.layers)
+        if self.method == "alphaedit":
+            # at most half of the directions: the smaller of null space and complement is kept
+            cost, name = eigenbasis_cost(d) + push_through_cost(d, d // 2, n), "eigenvectors"
+            device, disk = 36 * d * d + 8 * (4 * n * d + 2 * n * n), 8 * d * d  # C, its copy, vectors, LAPACK's room
+        elif 4 * n < d:
+            cost, name = factor_cost(d) + woodbury_cost(d, n), "Cholesky factor of C"
+            device, disk = 20 * d * d + 8 * (5 * n * d + 2 * n * n), 4 * d * d  # C, the factor and what it is made of
+        else:
+            cost, name = dense_solve_cost(d, n), "dense system"
+            device, disk = 20 * d * d + 8 * 3 * n * d, 0
+        seconds = self.floor(Cost(cost.flops * L, cost.bytes * L), fast_dtype(self.model.device))
+        kept = 8 * d * d * L if disk else 0  # while memory is plentiful
+        return Phase(
+            "solve", device, self.moments + kept, disk * L, seconds, f"{name}, {n:,} right-hand sides, a layer"
+        )
+
+    def apply(self) -> Phase:
+        d, d_out, n, L = self.d, self.shape.d_model, self.texts.facts, len(self.hparams.layers)
+        weight = d * d_out
+        cost = requantize_add_cost(d_out, d, n, self.itemsize)
+        factors = 4 * min(n * (d + d_out), weight)
+        # the original and the sum in float32 stay; one update is dense for a moment
+        device = L * (weight * (self.itemsize + 4) + factors) + 8 * weight
+        seconds = self.floor(Cost(cost.flops * L, cost.bytes * L), torch.float32)
+        return Phase("apply", device, self.moments, factors * L, seconds, f"{L} weights of {d_out} x {d}")
+
+
+def _sum(*seconds: float | None) -> float | None:
+    known = [each for each in seconds if each is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def _advice(model: Outline, need: Mapping[str, int], free: Mapping[str, int]) -> list[str]:
+    """What would help where too little is free, each with what it would leave."""
+    found = []
+    weights = model.weight_bytes(model.dtype, model.quantize)
+    for place in PLACES:
+        short = need[place] - free[place]
+        if short <= 0:
+            continue
+        said = f"{place}: {short / 2**30:.1f} GiB are missing"
+        if place == "disk":
+            found.append(f"{said}: set REWIRE_CACHE to a folder with more room")
+            continue
+        found.append(said)
+        holds = place == ("cpu" if model.device.type == "cpu" else "device")
+        for option, dtype, quantize in SMALLER if holds and not model.quantize else ():
+            less = weights - model.weight_bytes(dtype, quantize)
+            if less > 0:
+                enough = "" if less >= short else ", which is not enough by itself"
+                found.append(f"{option}: {less / 2**30:.1f} GiB less{enough}")
+        found.append("--set layers=[...]: fewer layers; their sums, C and factors take the rest")
+    return found
