@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-INTERRUPTED = "interrupted; no edit was written, statistics rest in a checkpoint: the same command goes on from there"
+INTERRUPTED = "interrupted; no edit was written. Statistics that were being collected go on from their last checkpoint"
 
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt; older ones raise Abort
 

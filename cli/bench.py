@@ -67,9 +67,9 @@ def stats(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Default: GPT-2 small's shape, random weights.")
     ] = None,
-    corpus: Annotated[str | None, typer.Argument(metavar="[CORPUS]", help="Default: the demo's text.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Text to collect over; default: the demo's.")] = None,
     layers: Annotated[str | None, typer.Option(help="Such as 3,4,5; default: those of MEMIT's preset.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Of whole documents, about.")] = 16384,
+    tokens: Annotated[int, typer.Option(min=1, help="Of whole documents, about.")] = 8192,
     dtype: Annotated[
         list[str] | None, typer.Option("--dtype", help="Of the forward: float32 or bfloat16; default: both.")
     ] = None,
@@ -78,7 +78,7 @@ def stats(
 ) -> None:
     """Second moments of several layers in one pass against the published structure, checked element by element.
 
-    Example: rewire bench stats gpt2-xl paragraphs.json --layers 13,14,15,16,17 --tokens 100000
+    Example: rewire bench stats gpt2-xl --corpus wikipedia.jsonl
     """
     from ..bench.about import find_dtype
     from ..bench.stats import BOUNDS, RANDOM_LAYERS, bench_stats, random_gpt2, take_rows

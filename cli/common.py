@@ -30,7 +30,7 @@ Impl = Annotated[str, typer.Option(help="What serves the kernels: auto, torch or
 Seed = Annotated[int, typer.Option(help="Seed of the sampled context templates.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N records only.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Facts optimised at once; default: by free memory.")]
-Stats = Annotated[Path | None, typer.Option(help="Folder of second moments (ecosystem npz).")]
+Stats = Annotated[Path | None, typer.Option(help="Folder of second moments (ours, or the ecosystem's npz).")]
 Contexts = Annotated[Path | None, typer.Option(help="JSON file of context templates; default: sampled from the model.")]
 Preset = Annotated[str | None, typer.Option(help="Preset file or name; default: found by the model's name.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a hyper-parameter.")]

@@ -56,7 +56,7 @@ def edit(
     overrides = parse_overrides(settings or [])
     check_names(kind, overrides)
     if stats is not None and not stats.is_dir():
-        raise InputError(f"--stats {stats}: no such folder; expected one that holds second moments (.npz)")
+        raise InputError(f"--stats {stats}: no such folder; expected one that holds second moments")
     text = None if corpus is None else read_corpus(corpus)
     wanted, skipped = scan_facts(facts, limit) if skip_invalid else (read_facts(facts, limit), [])
     if not wanted:

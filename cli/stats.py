@@ -77,16 +77,20 @@ def collect(
     import torch
 
     from ..bench.ceilings import quick
-    from ..engine.statistics import best_rate, parse_layers, second_moments, settings_for, wanted
-    from ..stats import read_corpus
+    from ..engine.statistics import best_rate, parse_layers, second_moments, wanted
+    from ..stats import cache_root, read_corpus
     from ..stats.collect import Budget
+    from ..stats.names import list_layer
     from ..stats.ranks import join
 
     # what can be known to be wrong is said before the model is loaded
     numbers, part = parse_layers(layers), _shard(shard)
     if accumulate not in PLACES:
         raise InputError(f"--accumulate {accumulate}: expected {', '.join(PLACES)}")
-    for one, other, both in (("--layers", "--module", numbers and module), ("--seed", "--in-order", seed and in_order)):
+    for one, other, both in (
+        ("--layers", "--module", numbers and module),
+        ("--seed", "--in-order", seed is not None and in_order),
+    ):
         if both:
             raise InputError(f"{one} and {other}: name the one or the other")
     text = read_corpus(corpus, config, split)
@@ -114,6 +118,11 @@ def collect(
         )
     if not ranks.first:
         return
+    if any(of.source == "collected" for of in found.values()):  # which an edit may do, that needs them only once
+        raise InputError(
+            f"{cache_root()}: these statistics could not be written there and are gone but for their last checkpoint; "
+            "make room, set REWIRE_CACHE or name a folder (--out), and collect them again"
+        )
     some = next(iter(found.values()))
     result: dict[str, Any] = {
         "layers": [
@@ -139,13 +148,14 @@ def collect(
         print(f"{some.seconds:.1f} s, {rate:,.0f} tokens/s{of_best}")
     else:
         print("all of them were there already")
-    if part == (0, 1) and not module:
-        if out is None:
-            words = ["--corpus", corpus]
-            for name, value in settings_for(loaded, asked, some).items():
-                words += ["--set", f"{name}={value}"]
-        else:
-            words = ["--stats", str(out)]
+    if module is None and quantize is None and part == (0, 1):
+        words = ["--stats", str(Path(some.source).parent)]
+        if len(list_layer(Path(some.source).parent, asked.modules[0])) > 1:
+            words += ["--set", f"mom2_n_samples={some.documents}"]
+        if asked.modules != wanted(loaded).modules:
+            words += ["--set", f"layers=[{layers}]"]
+        if dtype != "auto":
+            words += ["--dtype", dtype]
         print(f"an edit takes them:  {shlex.join(['rewire', 'edit', model, 'FACTS', *words, '--out', 'DIR'])}")
 
 

@@ -253,7 +253,8 @@ class EditSession:
                     fingerprint=self.fingerprint,
                     progress=tick,
                 )
-            for name, moment in found.items():
+            for name in list(found):
+                moment = found.pop(name)  # its triangle goes as the next mean comes
                 self._moments[name_of[name]] = moment.mean
                 self._digests[name_of[name]] = moment.digest
                 over = None if corpus is None else f"{corpus.name}-{corpus.digest}"

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,7 +10,6 @@ from ..kernels.errors import InputError
 from ..kernels.floors import Cost, statistics_cost
 from ..stats import Corpus, Moment, moments_for
 from ..stats.collect import BLOCK, Budget, Means, Progress, Rows, Run, Sink, default_tokens
-from ..stats.moments import choose_place
 from ..stats.ranks import ALONE, Ranks
 from .hparams import Hparams, load_hparams
 from .model import Model
@@ -50,7 +48,7 @@ def second_moments(
 
     def prepare() -> tuple[Run, Means]:
         packed = can_pack(model, modules)
-        chosen = choose_place(widths, model.device) if place == "auto" else place
+        chosen = None if place == "auto" else place
         room = tokens_that_fit(model, forward_bytes(model))
 
         def run(rows: Rows, sink: Sink) -> None:
@@ -116,24 +114,6 @@ def known_layers(model: Model, layers: Sequence[int]) -> list[int]:
         if not 0 <= layer < model.anatomy.n_layers:
             raise InputError(f"layer {layer}: the model has layers 0 to {model.anatomy.n_layers - 1}")
     return list(dict.fromkeys(layers))
-
-
-def settings_for(model: Model, asked: Wanted, collected: Moment) -> dict[str, Any]:
-    """Hyper-parameters to give an edit so that it finds in the cache what was collected for `asked`."""
-    preset, _ = load_hparams(Hparams, "memit", model.name, model.anatomy)
-    usual = wanted(model)
-    found: dict[str, Any] = {}
-    if asked.budget.max_length != usual.budget.max_length:
-        found["mom2_max_length"] = asked.budget.max_length
-    if asked.seed != usual.seed:
-        found["mom2_seed"] = "null" if asked.seed is None else asked.seed
-    if asked.budget == usual.budget:
-        return found
-    if asked.seed is None:  # no longer sample serves there: the very budget must be named
-        found |= {"mom2_tokens": asked.budget.tokens, "mom2_n_samples": asked.budget.documents}
-    elif collected.count < (usual.budget.tokens or 0) and (collected.documents or 0) < preset.mom2_n_samples:
-        found["mom2_tokens"] = collected.count
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def parse_layers(text: str | None) -> list[int] | None:

@@ -171,7 +171,7 @@ def statistics_cost(
 ) -> StatisticsCost:
     """Second moments of modules with inputs of `widths`, over documents of `lengths` tokens, in one pass.
 
-    reach: of the last of them (`up_to_projection`, `engine.plan.reach_of`); itemsize: bytes of a weight and of a key
+    reach: of the last of them (`up_to_projection`, `engine.outline.reach_of`); itemsize: bytes of a weight and of a key
     """
     tokens, gram = sum(lengths), Cost(0, 0)
     for width in widths:

@@ -1,9 +1,11 @@
 """Where Rewire keeps what it can make again, and how a file gets there whole."""
 
+import glob
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +24,17 @@ def write_whole(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
     `OSError`; then nothing is left behind. A killed process' temporary file goes with a later write of the same path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{path.name}.*.tmp"):
+    with new_file(path, fill) as temporary:
+        temporary.replace(path)
+
+
+@contextmanager
+def new_file(path: Path, fill: Callable[[IO[bytes]], Any]) -> Iterator[Path]:
+    """A temporary file with the content of `path`-to-be, which is gone afterwards unless it was renamed.
+
+    An `OSError` has the name of `path`: a write does not know its file, an open only the temporary one.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         try:
             if time.time() - left.stat().st_mtime > ABANDONED:
                 left.unlink()
@@ -30,10 +42,14 @@ def write_whole(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
             pass
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)

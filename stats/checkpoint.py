@@ -69,6 +69,8 @@ class Checkpoint:
             self.folder.mkdir(parents=True, exist_ok=True)
             held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(held, temporary, {"position": json.dumps(asdict(position))})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # the generation before goes soon
             temporary.replace(path)
             written = True
         except (OSError, SafetensorError) as error:

@@ -5,8 +5,7 @@ A block is always computed in the same way, whoever does it and whenever, and su
 does not depend on the number of ranks, nor on how often the work was interrupted.
 """
 
-import contextlib
-import tempfile
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +17,12 @@ from torch import Tensor
 
 from ..kernels.errors import InputError
 from .checkpoint import Checkpoint, Position
-from .moments import Moment, SecondMoment, to_triangle
+from .moments import Moment, SecondMoment, choose_place, to_triangle
 from .ranks import ALONE, Ranks
 from .tokens import TokenRows, ahead
 from .tolerance import GROWTH, HELD_DOCUMENTS, HELD_KEYS, Settling
+
+log = logging.getLogger(__name__)
 
 Rows = list[np.ndarray]  # token ids of one document each, int32
 Sink = Callable[[str, Tensor], None]
@@ -29,6 +30,7 @@ Run = Callable[[Rows, Sink], None]
 Progress = Callable[[int, int], None]
 
 BLOCK = 32768  # tokens of a block, about
+LOOK = 24  # looks at a tolerance come at multiples of so many blocks: 1, 2, 3, 4, 6, 8 and 12 processes look alike
 PROBE = 64  # documents whose lengths say how many make a block
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, about, where no number of tokens is asked for
 
@@ -67,14 +69,14 @@ class Means:
 
     batch_tokens: tokens of a forward at most, padding counted (a longer document goes alone)
     packed: a forward takes documents one after another; else in rows, padded on the right
-    place: of the float64 sums: "device", "cpu" or "disk" (`memory.choose_place`)
+    place: of the float64 sums: "device", "cpu" or "disk"; None: the first that they fit into
     checkpoint_tokens: between two checkpoints; None: about a minute's worth
     device: where keys are, for a rank that never gets any
     """
 
     batch_tokens: int = 8192
     packed: bool = True
-    place: str = "device"
+    place: str | None = None
     checkpoint_tokens: int | None = None
     device: str = "cpu"
 
@@ -100,17 +102,31 @@ def collect(
     run: runs the model on a batch of documents (longest first) and calls sink(layer, X) with the keys X [tokens of the
         batch, d_in] of each layer, padding dropped; layers that are not in `widths` are ignored
     rows: the token rows of the documents, in their order
-    ranks: the processes that share the work; the first one's result is whole, the others' are their own parts
+    ranks: the processes that share the work; the first one has the result, the others' is empty
     checkpoint: a folder of this very request: what is found there is continued, from where it stood
     progress: called on the first rank after each batch with (tokens done, tokens in all: an estimate at times)
 
     Raises `InputError` for NaN or Inf among the keys, and for fewer than 2 d_in tokens of the widest layer.
     """
+    return dict(collect_each(run, rows, widths, budget, means, ranks=ranks, checkpoint=checkpoint, progress=progress))
+
+
+def collect_each(
+    run: Run,
+    rows: TokenRows,
+    widths: Mapping[str, int],
+    budget: Budget,
+    means: Means = Means(),
+    *,
+    ranks: Ranks = ALONE,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Moment]]:
+    """As `collect`, layer by layer: whoever puts each away before the next holds one at a time."""
     if budget.documents is None and budget.tokens is None and budget.tolerance is None:
         budget = replace(budget, tokens=default_tokens(widths))
     budget.check(widths)
-    with contextlib.ExitStack() as stack:
-        return _Collection(run, rows, widths, budget, means, ranks, checkpoint, progress, stack).finish()
+    yield from _Collection(run, rows, widths, budget, means, ranks, checkpoint, progress).finish()
 
 
 class _Collection:
@@ -126,28 +142,43 @@ class _Collection:
         ranks: Ranks,
         folder: Path | None,
         progress: Progress | None,
-        stack: contextlib.ExitStack,
     ) -> None:
         self.run, self.rows, self.widths, self.budget, self.means = run, rows, widths, budget, means
-        self.ranks, self.progress, self.stack = ranks, progress, stack
+        self.ranks, self.progress = ranks, progress
         self.moments: dict[str, SecondMoment] = {}
         self.checkpoint = None if folder is None else Checkpoint(folder, ranks)
         self.first = HELD_DOCUMENTS if budget.tolerance else 0
         found = self.checkpoint.load() if self.checkpoint else None
         self.saved: dict[str, Tensor] = {}
-        if found and found[0].packed == means.packed:  # another version of transformers may pack where this one cannot
+        # another version of transformers may pack where this one cannot; an earlier start may have had a layer in files
+        if found and ranks.same(found[0].packed == means.packed and widths.keys() <= found[1].keys()):
             self.position, self.saved = found
+            asked = ranks.same(means.place)
+            if asked not in (None, self.position.place):
+                log.warning("going on with sums on the %s: last digits may differ from an unbroken run's", asked)
+                self.position = replace(self.position, place=asked)
         else:
             # the first rank looks while the others wait: what has to be unpacked is unpacked once
             per_block = ranks.same(self._documents_per_block() if ranks.first else 0)
+            place = means.place or choose_place(widths, torch.device(means.device))
             self.position = Position(
-                0, 0, 0, per_block, *ranks.same((means.batch_tokens, means.packed, means.place)),
+                0, 0, 0, per_block, *ranks.same((means.batch_tokens, means.packed, place)),
                 next_check=4 * max(widths.values()),
             )  # fmt: skip
         self.started = time.perf_counter() - self.position.seconds
         self.settling = self._settling() if budget.tolerance else None
 
-    def finish(self) -> dict[str, Moment]:
+    def finish(self) -> Iterator[tuple[str, Moment]]:
+        self._stream()
+        self._check_enough()
+        at = self.position
+        for layer in self.widths:
+            triangle = self._whole(layer)
+            del self.moments[layer]
+            if triangle is not None:
+                yield layer, Moment(triangle, at.tokens, at.documents, seconds=at.seconds)
+
+    def _stream(self) -> None:
         written, clock = self.position.tokens, time.perf_counter()
         for rows in ahead(self._own_blocks()):
             more = self._round(rows)
@@ -156,13 +187,11 @@ class _Collection:
             if self.checkpoint and self.ranks.same(self._due(written, clock)):
                 self.checkpoint.save(self.position, self._tensors())
                 written, clock = self.position.tokens, time.perf_counter()
-        self._check_enough()
-        result, at = {}, self.position
-        for layer, d in self.widths.items():
-            triangle = to_triangle(self.ranks.sum(self._moment(layer).sums), d)
-            result[layer] = Moment(triangle, at.tokens, at.documents, seconds=at.seconds)
-            del self.moments[layer]
-        return result
+
+    def _whole(self, layer: str) -> Tensor | None:
+        """The layer's triangle over all ranks, on the first; the others hand in their sums."""
+        total = self.ranks.sum(self._moment(layer).sums)
+        return to_triangle(total, self.widths[layer]) if self.ranks.first else None
 
     def _own_blocks(self) -> Iterator[Callable[[], Rows]]:
         """This rank's blocks from the present position on, without end."""
@@ -248,15 +277,16 @@ class _Collection:
             self.moments[layer] = moment
         return self.moments[layer]
 
-    def _spill(self) -> Path:
-        """A file to map into memory; beside the checkpoints, as the usual place for such files may be memory itself."""
+    def _spill(self) -> Path | None:
+        """A folder for sums: that of the checkpoints, as the usual place for such files may be memory itself."""
         folder = self.checkpoint.folder if self.checkpoint else None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        place = self.stack.enter_context(tempfile.TemporaryDirectory(prefix="sums-", dir=folder))
-        return Path(place) / "sums"
+        return folder
 
     def _due(self, written: int, clock: float) -> bool:
+        if not self.position.tokens:  # blank documents so far: where a layer's keys are is not known
+            return False
         if self.means.checkpoint_tokens is not None:
             return self.position.tokens - written >= self.means.checkpoint_tokens
         return time.perf_counter() - clock >= CHECKPOINT_SECONDS
@@ -274,6 +304,8 @@ class _Collection:
         lengths = [len(row[: self.budget.max_length]) for row in self.rows.rows(0, PROBE)]
         mean = max(1.0, sum(lengths) / max(1, len(lengths)))
         tokens = BLOCK if self.budget.tokens is None else min(BLOCK, max(BLOCK // 8, self.budget.tokens // 32))
+        if self.budget.tolerance is not None:
+            tokens = BLOCK // 8  # so that looks, every `LOOK` blocks, do not lie far apart
         documents = max(1, round(tokens / mean))
         return documents if self.budget.documents is None else min(documents, self.budget.documents)
 
@@ -291,19 +323,25 @@ class _Collection:
                     f"{self.rows.source}: its first {HELD_DOCUMENTS} documents are blank; nothing to hold out"
                 )
             X = torch.cat(parts)
-            held[layer] = X[:: max(1, len(X) // HELD_KEYS)]
+            held[layer] = X[:: -(-len(X) // HELD_KEYS)].clone()  # a view would keep all of them
+            if not torch.isfinite(held[layer]).all():
+                raise InputError(
+                    f"{layer}: NaN or Inf among the keys of the first {HELD_DOCUMENTS} documents; expected finite "
+                    "values: check the model's weights, or load it in bfloat16 or float32"
+                )
         state = {layer: self.saved.pop(f"{layer} settling") for layer in held if f"{layer} settling" in self.saved}
         return Settling(self.budget.tolerance, held, state)
 
     def _settled(self) -> bool:
-        if self.settling is None or self.position.tokens < self.position.next_check:
+        at = self.position
+        if self.settling is None or at.tokens < at.next_check or at.block % LOOK:
             return False
-        self.position = replace(self.position, next_check=int(GROWTH * self.position.tokens))
-        moments = {}
-        for layer, d in self.widths.items():
-            moment = self._moment(layer)
-            moments[layer] = Moment(to_triangle(self.ranks.sum(moment.sums), d), self.position.tokens)
-        return self.ranks.same(self.ranks.first and self.settling.settled(moments))
+        self.position = replace(at, next_check=int(GROWTH * at.tokens))
+        changes = []
+        for layer in self.widths:  # one triangle at a time
+            if (triangle := self._whole(layer)) is not None:
+                changes.append(self.settling.look(layer, Moment(triangle, at.tokens)))
+        return self.ranks.same(self.ranks.first and max(changes) <= self.settling.tolerance)
 
     def _check_enough(self) -> None:
         widest = max(self.widths, key=lambda layer: self.widths[layer])

@@ -1,12 +1,14 @@
 """What is free, and where running sums go that do not fit beside a model."""
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import torch
 
+GROUP = Path("/sys/fs/cgroup")  # of this process, where it is in a container
 SHARE = 0.6  # of the free memory that running sums may take; the rest is the forward's
 
 
@@ -16,11 +18,12 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, where there is one
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        available = min(available, limit - used)
-    return available
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's limit, where there is one
+        limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        held = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        files = int(held["active_file"]) + int(held["inactive_file"])  # read once, given back when it is asked for
+        available = min(available, limit - used + files)
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's other processes need theirs
 
 
 def choose_place(widths: Mapping[str, int], device: torch.device) -> str:

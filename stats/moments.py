@@ -1,6 +1,8 @@
 """The uncentred second moment of one layer's keys: its running sum, and what comes out of it."""
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +121,7 @@ class SecondMoment:
     name: the layer, for errors
     place: of the float64 sums, some 4 d² bytes: "device", "cpu", or "disk": a file mapped into memory
     chunk: [d, d] float32 on the device, all zero, that several layers share: each is then folded as soon as it is added
-    spill: the file for "disk", overwritten
+    spill: for "disk", the folder of that file, which has no name in it and so goes with the process, however that dies
 
     sums: [n] float64, the lower triangle in strips of `STRIP` rows, each as wide as its last row
     """
@@ -142,7 +144,7 @@ class SecondMoment:
         with torch.inference_mode(False):  # made inside somebody's inference mode, written to outside it
             self.chunk = torch.zeros(d, d, dtype=torch.float32, device=device) if chunk is None else chunk
             if place == "disk":
-                self.sums = torch.from_file(str(spill), shared=True, size=size, dtype=torch.float64).zero_()
+                self.sums = _mapped(spill, size, name)
             else:
                 self.sums = torch.zeros(size, dtype=torch.float64, device="cpu" if place == "cpu" else device)
             parts = self.sums.split([height * width for height, width in shapes])
@@ -188,6 +190,20 @@ class SecondMoment:
         """What came together so far. Raises `InputError` for NaN or Inf."""
         self.fold()
         return Moment(to_triangle(self.sums, self.d), self.count, documents)
+
+
+def _mapped(folder: Path | None, size: int, name: str) -> Tensor:
+    """[size] float64, zeros, in a file of which only the map is left. Raises `InputError` where there is no room."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix="sums-", dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):  # else a full disk kills the process when it is written to
+                os.posix_fallocate(file.fileno(), 0, 8 * size)
+            return torch.from_file(file.name, shared=True, size=size, dtype=torch.float64)
+    except OSError as error:
+        raise InputError(
+            f"{folder or tempfile.gettempdir()}: no room for the running sums of {name}, {8 * size / 1e9:.1f} GB "
+            f"({error.strerror}); free some space, or name another folder"
+        ) from None
 
 
 def to_triangle(sums: Tensor, d: int) -> Tensor:

@@ -3,15 +3,12 @@ belong to. docs/formats.md describes all three.
 """
 
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..kernels.errors import InputError
 from . import npz, triangles
+from .cache import new_file
 from .moments import Moment
 from .names import SUFFIXES, file_name, find, layers_in, list_layer, parse_name
 from .triangles import Header
@@ -33,7 +30,8 @@ def write(path: Path, moment: Moment, about: dict[str, Any]) -> None:
     sidecar = path.with_suffix(".json")
     fill = triangles.write if _is_ours(path) else npz.write
     said = json.dumps(about, indent=1).encode()
-    with _new(path, lambda file: fill(file, moment)) as data, _new(sidecar, lambda file: file.write(said)) as words:
+    words_of = new_file(sidecar, lambda file: file.write(said))
+    with new_file(path, lambda file: fill(file, moment)) as data, words_of as words:
         sidecar.unlink(missing_ok=True)
         data.replace(path)
         words.replace(sidecar)
@@ -103,21 +101,3 @@ def _is_ours(path: Path) -> bool:
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a file that ends in {' or '.join(SUFFIXES)}")
     return path.suffix == SUFFIXES[0]
-
-
-@contextmanager
-def _new(path: Path, fill: Callable[[IO[bytes]], Any]) -> Iterator[Path]:
-    """A temporary file with the content of `path`-to-be, which is gone afterwards unless it was renamed."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
-    try:
-        try:
-            with temporary.open("wb") as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = str(path)  # a write does not know its file, an open only the temporary one
-            raise
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)

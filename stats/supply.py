@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 from .. import __version__
 from ..kernels.errors import InputError
 from .cache import cache_root
-from .collect import Budget, Means, Progress, Run, collect, default_tokens
+from .collect import Budget, Means, Progress, Run, collect_each, default_tokens
 from .corpora import Corpus
 from .moments import Moment
 from .ranks import ALONE, Ranks
@@ -60,6 +61,10 @@ class Request:
         """By what a sidecar describes: 2: the very numbers; 1: a longer sample of the shuffled corpus; 0: it is not."""
         asked = json.loads(json.dumps(asdict(self)))
         wrong = {name for name, value in asked.items() if about.get(name, "unsaid") != value} - {"model"}
+        if self.tolerance is None:  # a bound that neither reached had no say
+            for name, got in (("asked_documents", about.get("documents", 0)), ("asked_tokens", about.get("tokens", 0))):
+                if all(bound is None or bound > got for bound in (asked[name], about.get(name))):
+                    wrong.discard(name)
         if not wrong:
             return 2
         if wrong - {"asked_documents", "asked_tokens"} or self.seed is None or self.tolerance is not None:
@@ -123,18 +128,20 @@ def moments_for(
     if not missing:
         return {layer: moment for layer, moment in cached.items() if moment is not None}
     budget.check(missing)
+    # of all layers: whoever is killed between their files goes on with those that are still missing
+    resting = folder / f"progress-{request.digest(widths)}"
     if out is not None and ranks.first:
-        _check_folder(folder, missing)
-    resting = folder / f"progress-{request.digest(missing)}"
+        _check_folder(folder, missing, resting)
     run, means = prepare()
-    collected = collect(run, rows, missing, budget, means, ranks=ranks, checkpoint=resting, progress=progress)
-    paths = _keep(folder, collected, request, must=out is not None) if ranks.first else {}
-    if ranks.same(bool(paths)):
+    found, kept = dict(cached), True
+    passed = collect_each(run, rows, missing, budget, means, ranks=ranks, checkpoint=resting, progress=progress)
+    for layer, moment in passed:
+        path = _keep(folder, layer, moment, request, must=out is not None)
+        kept = kept and path is not None
+        # from now on mapped from its file: several large ones are never held together
+        found[layer] = moment if path is None else replace(read(path), seconds=moment.seconds)
+    if ranks.same(kept):
         shutil.rmtree(resting, ignore_errors=True)  # every rank: they may be on machines of their own
-    collected = {
-        layer: replace(moment, source=str(paths.get(layer, moment.source))) for layer, moment in collected.items()
-    }
-    found = {layer: cached[layer] or collected.get(layer) for layer in widths}  # another rank may lack what is cached
     return {layer: moment for layer, moment in found.items() if moment is not None}
 
 
@@ -162,41 +169,46 @@ def file_bytes(widths: Mapping[str, int]) -> int:
     return sum(4 * d * (d + 1) for d in widths.values())
 
 
-def _check_folder(folder: Path, widths: Mapping[str, int]) -> None:
-    """Room for the results, and nothing that they would lie among: what serves the request would have been taken."""
-    for layer in widths:
+def _check_folder(folder: Path, widths: Mapping[str, int], resting: Path) -> None:
+    """Room for the results, and nothing that they would lie among: what serves the request would have been taken.
+
+    Where a checkpoint of the request rests it was all right once, and what lies there may be a result cut off.
+    """
+    for layer in widths if not resting.is_dir() else ():
         for path in list_layer(folder, layer)[:1]:
             raise InputError(f"{path}: other statistics of {layer} are there already; name a new folder")
     above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    needed, free = 3 * file_bytes(widths), shutil.disk_usage(above).free
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "cannot be written to" if above.is_dir() else "is a file"
+        raise InputError(f"{folder}: {above} {what}; name another folder")
+    # two checkpoints, or one and the moments; one may be there already
+    needed = 2 * file_bytes(widths) - sum(path.stat().st_size for path in resting.glob("rank*"))
+    free = shutil.disk_usage(above).free
     if needed > free:
         raise InputError(
-            f"{folder}: {free / 1e9:.1f} GB are free there, {needed / 1e9:.1f} GB are needed (the moments, and two "
-            "checkpoints of them while they are collected); free some space, or name another folder"
+            f"{folder}: {free / 1e9:.1f} GB are free there, {needed / 1e9:.1f} GB are needed (the moments, and a "
+            "checkpoint of them while they are collected); free some space, or name another folder"
         )
 
 
-def _keep(folder: Path, moments: dict[str, Moment], request: Request, must: bool) -> dict[str, Path]:
-    """Where each layer's file is; empty where they could not be written."""
-    paths = {}
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+def _keep(folder: Path, layer: str, moment: Moment, request: Request, must: bool) -> Path | None:
+    """Where the layer's file is; None where it could not be written."""
+    assert moment.documents is not None  # `collect` counts them
+    of_layer = {
+        "layer": layer,
+        "width": moment.width,
+        "tokens": moment.count,
+        "documents": moment.documents,
+        "digest": moment.digest,
+        "seconds": round(moment.seconds, 3),
+        "rewire": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    path = folder / file_name(layer, request.dtype, moment.documents, request.max_length)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for layer, moment in moments.items():
-            assert moment.documents is not None  # `collect` counts them
-            of_layer = {
-                "layer": layer,
-                "width": moment.width,
-                "tokens": moment.count,
-                "documents": moment.documents,
-                "digest": moment.digest,
-                "seconds": round(moment.seconds, 3),
-                "rewire": __version__,
-                "date": now,
-            }
-            paths[layer] = folder / file_name(layer, request.dtype, moment.documents, request.max_length)
-            write(paths[layer], moment, asdict(request) | of_layer)
-        return paths
+        write(path, moment, asdict(request) | of_layer)
+        return path
     except OSError as error:
         if must:
             raise InputError(
@@ -204,4 +216,4 @@ def _keep(folder: Path, moments: dict[str, Moment], request: Request, must: bool
                 f"{folder}: free some space and run the same command again, it goes on from there"
             ) from None
         log.warning("%s: cannot be written to (%s): these statistics are not kept; set REWIRE_CACHE", folder, error)
-        return {}
+        return None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..kernels.spd_solve import SolveError, factorize
+from ..kernels.spd_solve import SolveError, regular_factor
 from .moments import Moment
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ GROWTH = 1.25  # tokens between two looks
 
 
 class Settling:
-    """Compares each layer's C with what it was a quarter of the tokens ago.
+    """Compares each layer's C with what it was at the last look, at least a quarter of the tokens ago.
 
     tolerance: of both: the root mean square over d of the relative change of the diagonal; and the relative change of
         log det (I + X C⁻¹ Xᵀ) / h, the held-out keys X: [h, d]: what a token still tells that C does not know
@@ -30,7 +30,6 @@ class Settling:
         self.tolerance = tolerance
         self.held = held
         self.state = dict(state)
-        self.change = math.inf  # the larger of the two, of the worst layer, at the last look
 
     def look(self, layer: str, moment: Moment) -> float:
         """The larger of the layer's two changes since the last look; infinite at the first."""
@@ -44,17 +43,13 @@ class Settling:
         diagonal = float((now[1:][live] / before[1:][live] - 1).square().mean().sqrt())
         return max(diagonal, abs(float(now[0] / before[0]) - 1))
 
-    def settled(self, moments: Mapping[str, Moment]) -> bool:
-        self.change = max(self.look(layer, moment) for layer, moment in moments.items())
-        return self.change <= self.tolerance
-
 
 def information(C: Tensor, X: Tensor) -> float:
-    """log det (I + X C⁻¹ Xᵀ) / h in nats a token, X: [h, d]; infinite where C cannot be factored yet."""
+    """log det (I + X C⁻¹ Xᵀ) / h in nats a token, X: [h, d]; C with a ridge where it has no full rank, as for edits."""
     try:
-        half = factorize(C.to(X.device)).half_solve(X.double().T)
+        half = regular_factor(C.to(X.device)).half_solve(X.double().T)
     except SolveError as error:
-        log.info("C is not positive definite yet: %s", error)
+        log.info("C cannot be factored yet: %s", error)
         return math.inf
     inner = half.T.double() @ half.double()
     inner.diagonal().add_(1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from commands import Command, complaint, installed, start
+from commands import FACTS, Command, complaint, installed, start
 from rewire.engine.model import demo_file
 from rewire.stats import read_corpus
 from rewire.stats.npz import read_sum
@@ -38,28 +39,35 @@ def collect(run: Command, tmp_path: Path) -> Command:
     return collect
 
 
-def test_an_edit_takes_what_was_collected(run: Command, edit: Command, tmp_path: Path) -> None:
-    """With the preset's own budget: the command that is printed finds it in the cache."""
-    done = run("stats", "collect", "demo", TEXT, "--layers", "1,2")
+@pytest.mark.parametrize("options", [(), ("--tolerance", "0.3"), ("--dtype", "bfloat16", "--in-order")], ids=str)
+def test_the_command_that_is_printed_takes_them(run: Command, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """As it stands, but for the facts and the folder; in a cache that holds another sample of the same text too."""
+    run("stats", "collect", "demo", TEXT, "--layers", "1,2", "--tokens", 2000, "--max-length", 64)
+    budget = () if "--tolerance" in options else ("--tokens", 3000)
+    done = run("stats", "collect", "demo", TEXT, "--layers", "1,2", "--max-length", 64, *budget, *options)
     assert done.status == 0, done.err
-    assert "tokens/s" in done.out
     assert "% of what this machine's products allow" in done.out
-    assert f"rewire edit demo FACTS --corpus {TEXT} --out DIR" in done.out
-    again = run("stats", "collect", "demo", TEXT, "--layers", "1,2")
-    assert "all of them were there already" in again.out
-    took = edit("--corpus", TEXT, "--set", "mom2_tokens=40000", "--set", "mom2_max_length=128", "--json")
+    (line,) = (line for line in done.out.splitlines() if line.startswith("an edit takes them:"))
+    words = shlex.split(line.partition(":")[2])
+    out = {"FACTS": FACTS, "DIR": tmp_path / "out"}
+    fast = ("--limit", 2, "--set", "v_num_grad_steps=2", "--no-evaluate")
+    took = run(*(out.get(word, word) for word in words[1:]), *fast)
     assert took.status == 0, took.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())["edits"][0]
-    for row in report["statistics"].values():
-        assert Path(row["source"]).parent.parent.parent == Path(os.environ["REWIRE_CACHE"]) / "stats"
-        assert row["tokens"] >= 40000
+    sources = {row["source"] for row in report["statistics"].values()}
+    again = run("stats", "collect", "demo", TEXT, "--layers", "1,2", "--max-length", 64, *budget, *options, "--json")
+    assert sources == {row["file"] for row in again.json["layers"]}
+    assert again.json["seconds"] is None, "all of them were there already"
 
 
-def test_what_is_printed_for_another_budget(collect: Command) -> None:
-    said = collect().out
-    assert "--set mom2_max_length=64 --set mom2_tokens=3" in said
-    assert "--set mom2_seed=null" in collect("--in-order").out
-    assert "edit" not in collect("--shard", "1/2").out
+def test_an_edit_finds_what_its_preset_asks_for(run: Command, tmp_path: Path) -> None:
+    assert run("stats", "collect", "demo", TEXT).status == 0
+    made = {path: path.stat().st_mtime_ns for path in Path(os.environ["REWIRE_CACHE"]).rglob("*_mom2_*.safetensors")}
+    assert len(made) == 3
+    fast = ("--limit", 2, "--set", "v_num_grad_steps=2", "--no-evaluate")
+    assert run("edit", "demo", FACTS, "--corpus", TEXT, *fast, "--out", tmp_path / "out").status == 0
+    found = {path: path.stat().st_mtime_ns for path in Path(os.environ["REWIRE_CACHE"]).rglob("*_mom2_*.safetensors")}
+    assert found == made
 
 
 def test_json(collect: Command, tmp_path: Path) -> None:
@@ -176,7 +184,7 @@ def test_wrong_input_is_one_line(collect: Command, run: Command, tmp_path: Path)
         ("--module", "model.layers.1.mlp.dwn_proj"): "--layers and --module: name the one or the other",
         ("--tokens", "10"): "a budget of 10 tokens",
         ("--tolerance", "3"): "a tolerance of 3.0; expected a number between 0 and 1",
-        ("--seed", "3", "--in-order"): "--seed and --in-order: name the one or the other",
+        ("--seed", "0", "--in-order"): "--seed and --in-order: name the one or the other",
         ("--quantize", "nf5"): "nf5",
     }.items():
         assert expected in complaint(collect(*options)), options
@@ -186,6 +194,13 @@ def test_wrong_input_is_one_line(collect: Command, run: Command, tmp_path: Path)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n  \n")
     assert "no document with text in it" in complaint(collect(text=empty))
+
+
+def test_what_cannot_be_kept_is_no_success(collect: Command, cache: Path) -> None:
+    cache.write_text("a file")
+    done = collect()
+    assert (done.status, done.out) == (2, "")
+    assert "these statistics could not be written there" in done.err.splitlines()[-1]
 
 
 def test_interrupted_and_continued(tmp_path: Path) -> None:
@@ -199,7 +214,7 @@ def test_interrupted_and_continued(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
-    assert "the same command goes on" in err
+    assert "go on from their last checkpoint" in err
     assert list(out.glob("progress-*/rank0of1-*.safetensors"))
     done = installed(*command, "--out", out)
     assert done.status == 0, done.err

@@ -3,8 +3,10 @@
 import copy
 import logging
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ import rewire
 from rewire.engine.delta import Delta
 from rewire.engine.facts import Fact
 from rewire.engine.model import demo_file
-from rewire.stats import derived
+from rewire.engine.statistics import second_moments
+from rewire.stats import Moment, derived
 from weights import CONTEXTS, FAST, changed, equal, state
 
 MADE = {"memit": "regular_factor", "alphaedit": "eigenbasis"}
@@ -101,6 +104,29 @@ def test_without_memory_everything_comes_from_disk(
     assert equal(run(poor, facts), plenty)
     assert poor._kept == {}
     assert len(made) == 2
+
+
+def test_triangles_go_as_means_come(demo: rewire.Model, facts: list[Fact], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of both would be twice what the edit keeps."""
+    refs: list[weakref.ref[Moment]] = []
+    alive = []
+
+    class Watched(Moment):
+        @property
+        def mean(self) -> Tensor:
+            alive.append(sum(ref() is not None for ref in refs))
+            return super().mean
+
+    def watched(*args: Any, **options: Any) -> dict[str, Moment]:
+        found: dict[str, Moment] = {
+            name: Watched(**vars(moment)) for name, moment in second_moments(*args, **options).items()
+        }
+        refs.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr("rewire.engine.session.second_moments", watched)
+    session_on(demo, "memit").edit(facts[:2], evaluate=False)
+    assert alive == [2, 1]
 
 
 def test_a_users_folder_is_only_read(

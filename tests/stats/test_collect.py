@@ -149,6 +149,38 @@ def test_a_tolerance_stops_when_the_moments_have_settled(
     assert float(error) < 0.06
 
 
+def test_a_unit_that_never_fires_settles_too(bench: Any, rows: TokenRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C has no full rank then, however long one goes on."""
+    monkeypatch.setattr("rewire.stats.collect.BLOCK", 60)
+    monkeypatch.setattr("rewire.stats.collect.LOOK", 1)
+    bench.tables["h.0.proj"][:, 2] = 0
+    few = collect(bench.run, rows, {"h.0.proj": 6}, Budget(None, tolerance=0.3))["h.0.proj"]
+    assert few.documents is not None
+    assert few.documents < 20
+
+
+def test_held_out_keys(bench: Any, rows: TokenRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many at most, spread over the documents, and nothing else is kept for their sake."""
+    held: dict[str, torch.Tensor] = {}
+
+    def look(settling: Any, layer: str, moment: Any) -> float:
+        held[layer] = settling.held[layer]
+        return 0.0
+
+    monkeypatch.setattr("rewire.stats.collect.HELD_KEYS", 100)
+    monkeypatch.setattr("rewire.stats.collect.BLOCK", 60)
+    monkeypatch.setattr("rewire.stats.collect.LOOK", 1)
+    monkeypatch.setattr("rewire.stats.tolerance.Settling.look", look)
+    collect(bench.run, rows, bench.widths, Budget(None, tolerance=0.3))
+    assert held.keys() == bench.widths.keys()
+    for X in held.values():
+        assert 50 < len(X) <= 100
+        assert X.untyped_storage().nbytes() == 4 * X.numel()
+    bench.tables["h.1.proj"][0, 3] = float("inf")  # of the BOS, which is in every document
+    with pytest.raises(InputError, match=r"^h\.1\.proj: NaN or Inf among the keys of the first 16 documents"):
+        collect(bench.run, rows, bench.widths, Budget(None, tolerance=0.3))
+
+
 def test_wrong_budgets(bench: Any, rows: TokenRows) -> None:
     with pytest.raises(InputError) as caught:
         collect(bench.run, rows, bench.widths, Budget(None, documents=1))

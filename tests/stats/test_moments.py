@@ -106,14 +106,30 @@ def test_digest_tells_moments_apart() -> None:
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_sums_elsewhere_with_one_chunk_for_several_layers(place: str, tmp_path: Path) -> None:
     chunk = torch.zeros(300, 300)
-    layers = [SecondMoment(300, name=str(i), place=place, chunk=chunk, spill=tmp_path / f"{i}.sums") for i in range(3)]
+    layers = [SecondMoment(300, name=str(i), place=place, chunk=chunk, spill=tmp_path) for i in range(3)]
     X = [keys(90, 300, seed=i) for i in range(3)]
     for part in range(0, 90, 30):
         for layer, keys_ in zip(layers, X, strict=True):
             layer.add(keys_[part : part + 30])
     for layer, keys_ in zip(layers, X, strict=True):
         assert relative(layer.finish().sum, exact(keys_)) < 1e-6
-    assert (len(list(tmp_path.iterdir())) == 3) == (place == "disk")
+    assert not list(tmp_path.iterdir()), "what is mapped has no name that a killed process could leave behind"
+    if Path("/proc/self/maps").exists():
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        there = [line for line in maps if f"{tmp_path}/sums-" in line]
+        assert (len(there) == 3) == (place == "disk")
+
+
+def test_a_disk_without_room_for_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written to through a map, it would end the process without a word."""
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.raises(InputError, match=r"no room for the running sums of h\.3, 0\.0 GB \(No space left on device\)"):
+        SecondMoment(300, name="h.3", place="disk", spill=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_undefined_above_the_diagonal_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:

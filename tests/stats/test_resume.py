@@ -49,6 +49,8 @@ def work(corpus, cache, checkpoint, out, ranks=None, **budget):
         counts = {name + " count": torch.tensor([m.count, m.documents]) for name, m in found.items()}
         save_file({name: m.triangle for name, m in found.items()} | counts, out + ".tmp")
         Path(out + ".tmp").rename(out)
+    else:
+        assert found == {}, "memory for nothing"
 """
 
 
@@ -81,7 +83,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("place", "budget"), [("device", {}), ("disk", {"tokens": 7000}), ("cpu", {"documents": 290, "tolerance": 1e-6})]
+    ("place", "budget"), [("device", {}), ("disk", {"tokens": 7000}), ("cpu", {"documents": 290, "tolerance": 0.05})]
 )
 def test_killed_twenty_times(tmp_path: Path, words: Path, place: str, budget: dict[str, Any]) -> None:
     """`kill -9` at random moments; every start goes on where the last checkpoint stood."""
@@ -118,11 +120,13 @@ def test_killed_twenty_times(tmp_path: Path, words: Path, place: str, budget: di
     run(script(tmp_path, body, 0.0, place))
     once, often = load(tmp_path / "whole"), load(tmp_path / "killed")
     assert once.keys() == often.keys()
+    if "tolerance" in budget:
+        assert 20 < once["h.1 count"][1] < 250, "it settled, some looks after the first"
     for name, wanted in once.items():
         assert torch.equal(often[name], wanted), name
 
 
-@pytest.mark.parametrize("budget", [{"documents": 280}, {"tokens": 6000}, {"tokens": 9000, "tolerance": 0.2}])
+@pytest.mark.parametrize("budget", [{"documents": 280}, {"tokens": 6000}, {"tolerance": 0.05}])
 def test_one_two_and_three_processes(tmp_path: Path, words: Path, budget: dict[str, Any]) -> None:
     body = f"""
     import os
@@ -139,6 +143,8 @@ def test_one_two_and_three_processes(tmp_path: Path, words: Path, budget: dict[s
         assert done.returncode == 0, done.stderr
     one = load(tmp_path / "1")
     assert one["h.1 count"][0] >= 600
+    if "tolerance" in budget:
+        assert one["h.1 count"][1] < 250, "it settled: where, does not depend on the processes either"
     for world in (2, 3):
         for name, found in load(tmp_path / str(world)).items():
             wanted = one[name].double()

@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 
 from rewire.kernels.errors import InputError
 from rewire.stats import Moment
+from rewire.stats.cache import ABANDONED
 from rewire.stats.store import Header, file_name, find, layers_in, read, read_header, write
 
 LAYER = "transformer.h.1.mlp.c_proj"
@@ -293,6 +296,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from rewire.stats import Moment
+from rewire.stats.cache import ABANDONED
 from rewire.stats.store import write
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
@@ -313,6 +317,16 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, name: str, long: int) -> None
     failed = path.with_suffix(".json") if long else path
     assert result.stdout.strip() == f"{failed}|File too large", result.stderr
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    left = tmp_path / f"{OURS}.0badcafe.77.tmp"
+    left.write_bytes(b"half of it")
+    write(tmp_path / OURS, moment(), {})
+    assert left.exists(), "somebody may be at it"
+    os.utime(left, (0, time.time() - ABANDONED - 9))
+    write(tmp_path / OURS, moment(), {})
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rewire.kernels.errors import InputError
 from rewire.stats import Corpus, Moment, cache_root, moments_for, read_corpus
 from rewire.stats.collect import Budget, Means
 from rewire.stats.documents import Held
+from rewire.stats.supply import file_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,22 @@ def test_more_of_the_same_serves(bench: Any, corpus: Corpus) -> None:
     assert exact["h.0.proj"].documents == 35, "the very request before a longer one"
 
 
+@pytest.mark.parametrize("seed", [0, None])
+def test_a_bound_that_was_not_reached_is_no_difference(bench: Any, corpus: Corpus, seed: int | None) -> None:
+    ask(bench, corpus, seed=seed, documents=None, tokens=100)
+    runs(bench)
+    ask(bench, corpus, seed=seed, documents=1000, tokens=100)
+    assert not runs(bench), "the tokens stopped it"
+    whole = ask(bench, corpus, seed=seed, documents=50)
+    assert whole["h.0.proj"].documents == 40
+    runs(bench)
+    for asked in ({"documents": 60}, {"documents": None, "tokens": 10**6}, {"documents": 41, "tokens": 10**6}):
+        ask(bench, corpus, seed=seed, **asked)
+        assert not runs(bench), "the corpus was over"
+    ask(bench, corpus, seed=None, documents=39)
+    assert runs(bench), "in order, a shorter sample is another one"
+
+
 def test_only_missing_layers_are_collected(bench: Any, corpus: Corpus) -> None:
     first = ask(bench, corpus, widths={"h.0.proj": 6}, documents=None, tokens=180)
     both = ask(bench, corpus, documents=None)
@@ -146,7 +163,7 @@ def test_only_missing_layers_are_collected(bench: Any, corpus: Corpus) -> None:
 def test_a_broken_file_in_the_cache_is_collected_anew(
     bench: Any, corpus: Corpus, cache: Path, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = ask(bench, corpus)
+    first = {name: moment.triangle.clone() for name, moment in ask(bench, corpus).items()}  # they are mapped
     sidecar, data = files(cache / "stats")[:2]
     if harm == "truncated":
         data.write_bytes(data.read_bytes()[:-50])
@@ -163,7 +180,7 @@ def test_a_broken_file_in_the_cache_is_collected_anew(
     assert ("in the cache" in caplog.text) == (harm != "sidecar gone")
     assert [moment.seconds > 0 for moment in again.values()] == [True, False]
     for name, moment in again.items():
-        assert torch.equal(moment.triangle, first[name].triangle)
+        assert torch.equal(moment.triangle, first[name])
     runs(bench)
     ask(bench, corpus)
     assert not runs(bench), "mended"
@@ -233,6 +250,60 @@ def test_a_folder_that_is_full_keeps_the_checkpoint(
     assert not list((tmp_path / "out").glob("progress-*"))
 
 
+@pytest.mark.parametrize("written", [1, 2])
+@pytest.mark.parametrize("mine", [True, False])
+def test_killed_between_the_files_of_the_result(
+    bench: Any, corpus: Corpus, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, written: int, mine: bool
+) -> None:
+    """Before the second layer's file, or between it and its sidecar: the same command goes on where it rested."""
+    monkeypatch.setattr("rewire.stats.collect.BLOCK", 120)
+    out = tmp_path / "out" if mine else None
+    often = {"prepare": lambda: (bench.run, Means(50, checkpoint_tokens=1)), "out": out}
+    renames, replace = 0, Path.replace
+
+    def die(self: Path, target: Path) -> Path:
+        nonlocal renames
+        if not target.name.startswith("rank"):
+            renames += target.name.startswith("h.")
+            if renames == written + 2:
+                raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            ask(bench, corpus, **often)
+    whole = runs(bench)
+    found = ask(bench, corpus, **often)
+    assert 0 < runs(bench) < whole / 2
+    exact = ask(bench, corpus, out=tmp_path / "exact", prepare=often["prepare"])
+    for layer, moment in found.items():
+        assert torch.equal(moment.triangle, exact[layer].triangle)
+    assert not [path for place in (tmp_path / "out", cache) for path in place.rglob("progress-*")]
+
+
+def test_a_checkpoint_without_a_layer_is_not_gone_on_from(bench: Any, corpus: Corpus, cache: Path) -> None:
+    """One layer was there when the work began, and is not when it goes on: its sums would lack the first documents."""
+    ask(bench, corpus, widths={"h.0.proj": 6})
+    often = {"prepare": lambda: (dying, Means(50, checkpoint_tokens=1))}
+
+    def dying(batch: Any, sink: Any) -> None:
+        bench.run(batch, sink)
+        if list(cache.rglob("rank0of1-*.safetensors")):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rewire.stats.collect.BLOCK", 120)
+        with pytest.raises(KeyboardInterrupt):
+            ask(bench, corpus, **often)
+        for path in cache.rglob("h.0.proj*"):
+            path.unlink()
+        found = ask(bench, corpus)
+    assert found["h.0.proj"].count == found["h.1.proj"].count
+    exact = ask(bench, corpus, fingerprint="another")
+    assert torch.allclose(found["h.0.proj"].sum, exact["h.0.proj"].sum)
+
+
 def test_a_disk_that_is_too_small_is_refused_at_once(
     bench: Any, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +311,35 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
     with pytest.raises(InputError, match=r"out: 0\.0 GB are free there"):
         ask(bench, corpus, out=tmp_path / "out")
     assert not runs(bench)
+
+
+def test_a_file_where_the_folder_should_be_is_refused_at_once(bench: Any, corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        with pytest.raises(InputError, match=r"out is a file; name another folder"):
+            ask(bench, corpus, out=out)
+    assert not runs(bench)
+
+
+def test_what_was_begun_needs_no_more_room_than_its_rest(
+    bench: Any, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that held two checkpoints, one of which is left, holds that one and the moments."""
+    (out := tmp_path / "out").mkdir()
+    monkeypatch.setattr("rewire.stats.collect.BLOCK", 120)
+    often = {"prepare": lambda: (bench.run, Means(50, checkpoint_tokens=1))}
+    room = 2 * file_bytes(bench.widths)
+
+    def usage(_: Path) -> Any:
+        return type("", (), {"free": room - sum(path.stat().st_size for path in files(out))})
+
+    monkeypatch.setattr("rewire.stats.supply.shutil.disk_usage", usage)
+    with monkeypatch.context() as patch:
+        patch.setattr("rewire.stats.supply.write", full_disk)
+        with pytest.raises(InputError, match=r"goes on from there"):
+            ask(bench, corpus, out=out, **often)
+    assert files(out)
+    assert ask(bench, corpus, out=out, **often)["h.0.proj"].documents == 30
 
 
 def test_a_folder_of_ones_own(bench: Any, corpus: Corpus, tmp_path: Path) -> None:
