@@ -88,7 +88,7 @@ def test_stats_of_wrong_input(run: Command) -> None:
     )
     assert complaint(run("bench", "stats", "demo", "--layers", "3,x")).startswith("--layers 3,x: expected numbers")
     assert complaint(run("bench", "stats", "demo", "--layers", "7")) == "layer 7: the model has layers 0 to 4"
-    assert "no such corpus" in complaint(run("bench", "stats", "demo", "nonesuch.txt"))
+    assert "no such corpus" in complaint(run("bench", "stats", "demo", "--corpus", "nonesuch.txt"))
     said = complaint(run("bench", "stats", "demo", "--tokens", "100", "--layers", "1"))
     assert "width 736 needs at least 1472" in said
 
