@@ -73,7 +73,9 @@ class _Rate(ProgressColumn):
         if not task.speed:
             return Text("")
         best = task.fields["best"]
-        return Text(f"{task.speed:,.1f}/s" + (f", {100 * task.speed / best:.0f} % of the floor" if best else ""))
+        return Text(
+            f"{task.speed:,.1f}/s" + (f" ({100 * task.speed / best:.0f} % of floor)" if best else ""), no_wrap=True
+        )
 
 
 @contextmanager

@@ -137,9 +137,9 @@ def collect(
     if json:
         common.print_json(result)
         return
-    table = Table("layer", "width", "tokens", "documents", "file")
+    table = Table("layer", "width", "tokens", "documents")
     for row in result["layers"]:
-        table.add_row(*(escape(_short(value)) for value in (*list(row.values())[:-1], Path(row["file"]).name)))
+        table.add_row(*(escape(_short(row[key])) for key in ("layer", "width", "tokens", "documents")))
     common.console().print(table)
     print(f"in {Path(some.source).parent}")
     if some.seconds:
