@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-INTERRUPTED = "interrupted; no edit was written. Statistics that were being collected go on from their last checkpoint"
+INTERRUPTED = "interrupted; no edit was written. Statistics being collected go on from their last checkpoint, if any"
 
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt; older ones raise Abort
 

@@ -102,6 +102,8 @@ def edit(
         lost = [f["subject"] for f in report["facts"] if f["after"]["efficacy"]["accuracy"] < 1]
         named = f"; not for {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''} (all in report.json)" if lost else ""
         print(f"the new object is the most probable one for {len(wanted) - len(lost)} of {len(wanted)}{named}")
+    for source, tokens in {(row["source"], row.get("tokens")): None for row in report["statistics"].values()}:
+        print(f"statistics: {source}" + (f", {tokens:,} tokens" if tokens else ""))
     print(common.seconds_line(report["seconds"]))
     print(f"written to {out}; the model with the edit in it is made by")
     words = ["rewire", "merge", str(out), "--to", model]

@@ -80,7 +80,6 @@ def collect(
     from ..engine.statistics import best_rate, parse_layers, second_moments, wanted
     from ..stats import cache_root, read_corpus
     from ..stats.collect import Budget
-    from ..stats.names import list_layer
     from ..stats.ranks import join
 
     # what can be known to be wrong is said before the model is loaded
@@ -123,7 +122,7 @@ def collect(
             f"{cache_root()}: these statistics could not be written there and are gone but for their last checkpoint; "
             "make room, set REWIRE_CACHE or name a folder (--out), and collect them again"
         )
-    some = next(iter(found.values()))
+    some = max(found.values(), key=lambda of: of.seconds)  # one that was collected now, if any was
     result: dict[str, Any] = {
         "layers": [
             {"layer": name, "width": of.width, "tokens": of.count, "documents": of.documents, "file": of.source}
@@ -149,9 +148,8 @@ def collect(
     else:
         print("all of them were there already")
     if module is None and quantize is None and part == (0, 1):
-        words = ["--stats", str(Path(some.source).parent)]
-        if len(list_layer(Path(some.source).parent, asked.modules[0])) > 1:
-            words += ["--set", f"mom2_n_samples={some.documents}"]
+        # others may come to lie in that folder
+        words = ["--stats", str(Path(some.source).parent), "--set", f"mom2_n_samples={some.documents}"]
         if asked.modules != wanted(loaded).modules:
             words += ["--set", f"layers=[{layers}]"]
         if dtype != "auto":
@@ -203,7 +201,7 @@ def verify(
     model: common.ModelName,
     folder: Folder,
     corpus: Annotated[str | None, typer.Option(help="Text to run the model on; default: the demo's.")] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens to run.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1024, help="Tokens to run.")] = 4096,
     layers: Annotated[
         str | None, typer.Option(metavar="3,4,5", help="Of projections, in their order; default: AlphaEdit's preset.")
     ] = None,

@@ -20,7 +20,7 @@ from .statistics import encode
 from .streams import can_pack, linear_widths, stream_inputs
 
 LEAST_CORRELATION, RATIO = 0.3, 4.0  # what `Fit.fits` asks for (docs/numerics.md)
-LEAST_SPARED = 0.5  # of the energy that a null space of that rank would hold by chance
+LEAST_SPARED = 0.75  # of the energy that a null space of that rank would hold by chance
 LENGTH = 128  # tokens of a document that are looked at
 
 OURS = "collected on these very weights"

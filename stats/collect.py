@@ -6,6 +6,7 @@ does not depend on the number of ranks, nor on how often the work was interrupte
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -167,10 +168,14 @@ class _Collection:
             )  # fmt: skip
         self.started = time.perf_counter() - self.position.seconds
         self.settling = self._settling() if budget.tolerance else None
+        self.change = math.inf  # of the worst layer, at the last look
 
     def finish(self) -> Iterator[tuple[str, Moment]]:
         self._stream()
         self._check_enough()
+        if self.settling and self.change > self.settling.tolerance and self.ranks.first:
+            last = "at no look" if self.change == math.inf else f"the last change was {self.change:.2g}"
+            log.warning("not settled to %g within the budget: %s", self.settling.tolerance, last)
         at = self.position
         for layer in self.widths:
             triangle = self._whole(layer)
@@ -341,7 +346,8 @@ class _Collection:
         for layer in self.widths:  # one triangle at a time
             if (triangle := self._whole(layer)) is not None:
                 changes.append(self.settling.look(layer, Moment(triangle, at.tokens)))
-        return self.ranks.same(self.ranks.first and max(changes) <= self.settling.tolerance)
+        self.change = self.ranks.same(max(changes, default=math.inf))
+        return self.change <= self.settling.tolerance
 
     def _check_enough(self) -> None:
         widest = max(self.widths, key=lambda layer: self.widths[layer])
