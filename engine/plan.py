@@ -15,15 +15,16 @@ import torch
 from ..kernels.floors import (
     Cost,
     ModelShape,
+    ValueRow,
     dense_solve_cost,
     eigenbasis_cost,
     factor_cost,
+    keys_cost,
     push_through_cost,
     requantize_add_cost,
     statistics_cost,
-    truncated_forward_cost,
     up_to_projection,
-    value_flops,
+    value_cost,
     woodbury_cost,
 )
 from ..kernels.spd_solve import fast_dtype
@@ -55,12 +56,13 @@ SMALLER = (  # what a user may ask for, if it is less
 class Texts:
     """The facts of an edit, counted; lengths are tokens, estimated from characters.
 
-    facts: how many; prompt: tokens of a prompt; behind: of them, behind the subject; target: of a new object (means)
-    longest: of the longest prompt with its object
+    facts: how many; prompt: tokens of a prompt; subject: of them, the subject's; behind: those behind it;
+    target: of a new object (means); longest: of the longest prompt with its object
     """
 
     facts: int
     prompt: int = 10
+    subject: int = 3
     behind: int = 4
     target: int = 2
     longest: int = 20
@@ -70,9 +72,10 @@ class Texts:
         rows = []
         for fact in facts:
             behind = len(fact.prompt) - fact.prompt.index("{}") - 2
-            rows.append([math.ceil(n / CHARACTERS) for n in (len(fact.question), behind, len(fact.target_new))])
-        prompt, behind, target = (math.ceil(sum(column) / len(rows)) for column in zip(*rows, strict=True))
-        return cls(len(facts), prompt, behind, target, max(row[0] + row[2] for row in rows))
+            texts = (len(fact.question), len(fact.subject), behind, len(fact.target_new))
+            rows.append([math.ceil(n / CHARACTERS) for n in texts])
+        means = (math.ceil(sum(column) / len(rows)) for column in zip(*rows, strict=True))
+        return cls(len(facts), *means, max(row[0] + row[3] for row in rows))
 
 
 @dataclass(frozen=True)
@@ -233,15 +236,21 @@ class _Work:
         seconds = _sum(self.floor(cost.forward, model.dtype), self.floor(cost.gram, keys))
         return Phase("statistics", device, cpu, disk, seconds, what)
 
+    def _subjects(self) -> list[int]:
+        """Tokens up to the subject's last one in each row of a fact, the plain one first."""
+        plain = max(1, self.texts.prompt - self.texts.behind)
+        return [plain] + [plain + CONTEXT_TOKENS] * (REWRITTEN - 1)
+
     def values(self) -> Phase:
         shape, texts, model = self.shape, self.texts, self.model
         above = shape.layers - self.z_layer - 1
-        tokens = texts.prompt + texts.target - 1 + CONTEXT_TOKENS * (REWRITTEN - 1) // REWRITTEN
-        active = min(tokens, texts.behind + texts.target)
         n, steps = texts.facts, self.hparams.v_num_grad_steps
         rows = n * (REWRITTEN + 1)
-        flops = value_flops(shape, self.z_layer, rows, n, tokens, active, texts.target, steps)
-        moved = steps * 2 * above * shape.block_weights * self.itemsize
+        behind, passes = texts.behind + texts.target - 1, (steps, steps - 1)
+        each = [ValueRow(until + behind, until - 1, texts.target, *passes) for until in self._subjects()]
+        each.append(ValueRow(texts.subject, texts.subject - 1, 0, *passes))
+        cost = value_cost(shape, self.z_layer, each, self.itemsize)
+        cost = Cost(n * cost.flops, cost.bytes)  # the weights once a pass, were all facts in one batch
         longest = texts.longest + CONTEXT_TOKENS
         # a batch's keys, values and hidden states (`facts_that_fit`), and activations of a group (`group_tokens`)
         config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -252,20 +261,18 @@ class _Work:
         cap = GPU_GROUP if model.device.type == "cuda" else CPU_GROUP
         kept, group = min(n, MAX_FACTS) * fact, min(rows * longest, cap) * token
         device = max(fact, min(kept, self.room // 2)) + max(token, min(group, self.room // 2)) + 24 * n * shape.d_model
-        what = f"{n:,} facts, {REWRITTEN + 1} rows of {tokens} tokens each, up to {steps} steps"
-        return Phase("values", device, self.moments, 0, self.floor(Cost(flops, moved), model.dtype), what)
+        disk = 8 * n * shape.d_model  # Z and what was there, kept
+        what = f"{n:,} facts, {sum(row.length for row in each)} tokens each, up to {steps} steps"
+        return Phase("values", device, self.moments, disk, self.floor(cost, model.dtype), what)
 
     def keys(self) -> Phase:
         """Of each layer, measured with the lower ones updated, and each time what is left to do at the z-layer."""
         texts, model = self.texts, self.model
-        plain = max(1, texts.prompt - texts.behind)
-        rows = [plain] * texts.facts + [plain + CONTEXT_TOKENS] * (texts.facts * (REWRITTEN - 1))
-        cost = Cost(0, 0)
-        for layer in self.hparams.layers:
-            cost += truncated_forward_cost(self.shape, up_to_projection(self.shape, layer), rows, self.itemsize)
-            whole = replace(up_to_projection(self.shape, self.z_layer), weights=self.shape.block_weights)
-            cost += truncated_forward_cost(self.shape, whole, rows[: texts.facts], self.itemsize)
-        device = self.forward(sum(rows)) + 4 * texts.facts * (self.d + 2 * self.shape.d_model)
+        plain, *contexts = self._subjects()
+        cost = keys_cost(self.shape, self.hparams.layers, [plain], contexts, self.itemsize)
+        cost = Cost(texts.facts * cost.flops, cost.bytes)
+        rows = texts.facts * (plain + sum(contexts))
+        device = self.forward(rows) + 4 * texts.facts * (self.d + 2 * self.shape.d_model)
         what = f"{texts.facts:,} keys of each layer"
         return Phase("keys", device, self.moments, 0, self.floor(cost, model.dtype), what)
 

@@ -5,6 +5,7 @@ A multiply-add is two FLOPs. Bytes are what must move once between memory and th
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -205,18 +206,68 @@ def published_value_step(shape: ModelShape, z_layer: int, rows: int, kl_rows: in
     return forward + heads + linear + attention * 5 // 2
 
 
-def value_flops(
-    shape: ModelShape, z_layer: int, rows: int, kl_rows: int, tokens: int, active: int, labels: int, steps: int
-) -> int:
-    """Values of facts with `rows` rows of `tokens` tokens together, in `steps` steps, each made in full.
+@dataclass(frozen=True)
+class ValueRow:
+    """A token row of the value optimisation.
 
-    Once: the blocks up to the z-layer over all tokens, those above over the ones before the subject. Each step: the
-    blocks above over the `active` ones from the subject on, forward and (not the last step) backward, and the head at
-    `labels` positions a row and one a KL row.
+    length: tokens; start: place of the subject's last one; labels: positions that the head reads, 0 for a KL row (one)
+    forwards, backwards: passes over it
+    """
+
+    length: int
+    start: int
+    labels: int
+    forwards: int
+    backwards: int
+
+
+def value_cost(shape: ModelShape, z_layer: int, rows: Sequence[ValueRow], itemsize: int) -> Cost:
+    """Target values with nothing done twice.
+
+    Once: the blocks up to the z-layer over all tokens, and those above over the ones before the subject (of the last
+    block only their keys and values are of use: not counted). Each step: the blocks above over the tokens from the
+    subject on, each query against itself and what is before it, the head at labels and KL rows, and the same backward
+    to the hidden states, weights frozen: two products for each of attention's, one for each of the others. Bytes: the
+    weights once a pass, were all rows in one batch; the embedding's rows.
     """
     above = shape.layers - z_layer - 1
-    once = shape.blocks(z_layer + 1, rows, tokens) + shape.blocks(above, rows, tokens - active)
-    linear = above * rows * active * 2 * shape.block_weights
-    attention = above * rows * active * 4 * tokens * shape.attention_width
-    head = target_nll_cost((rows - kl_rows) * labels + kl_rows, kl_rows, shape.d_model, shape.vocab, 4).flops
-    return once + steps * (linear + attention + head) + (steps - 1) * (linear + attention * 5 // 2)
+    cost = truncated_forward_cost(shape, Reach(z_layer + 1, 0, False), [row.length for row in rows], itemsize)
+    if above:
+        cost += _above(shape, Reach(above - 1, 0, False), [row.start for row in rows], itemsize)
+    flops, vector = 0, shape.head(1)
+    for row in rows:
+        pairs = (row.length * (row.length + 1) - row.start * (row.start + 1)) // 2
+        linear = above * 2 * (row.length - row.start) * shape.block_weights
+        attention = above * 4 * pairs * shape.attention_width
+        heads = max(row.labels, 1) * vector
+        flops += row.forwards * (linear + attention + heads) + row.backwards * (linear + 2 * attention + heads)
+        flops += 0 if row.labels else vector  # what a KL row is held to
+    passes = max((row.forwards for row in rows), default=0) + max((row.backwards for row in rows), default=0)
+    weights = above * shape.block_weights + shape.d_model * shape.vocab
+    return cost + Cost(flops, passes * weights * itemsize)
+
+
+def keys_cost(
+    shape: ModelShape, layers: Sequence[int], plain: Sequence[int], contexts: Sequence[int], itemsize: int
+) -> Cost:
+    """Keys of all edited layers and the z-layer's hidden states, each with the lower layers updated.
+
+    plain, contexts: lengths of the rows, up to the subject's last token. All rows run once to the first edited
+    projection; behind each update from that projection on to the next one. Plain rows go on to the z-layer each time,
+    and once more behind the last update.
+    """
+    first, z = layers[0], layers[-1]
+    rows = [*plain, *contexts]
+    cost = truncated_forward_cost(shape, up_to_projection(shape, first), rows, itemsize)
+    projection = shape.d_in * shape.d_model
+    for before, layer in pairwise(layers):
+        cost += _above(shape, Reach(layer - before, 0, False), rows, itemsize)
+    for layer in layers:
+        cost += _above(shape, Reach(z - layer, projection, False), plain, itemsize)
+    return cost + _above(shape, Reach(0, projection, False), plain, itemsize)
+
+
+def _above(shape: ModelShape, reach: Reach, lengths: Sequence[int], itemsize: int) -> Cost:
+    """A forward that goes on from hidden states: no embedding is read."""
+    cost = truncated_forward_cost(shape, reach, lengths, itemsize)
+    return Cost(cost.flops, cost.bytes - sum(lengths) * shape.d_model * itemsize)

@@ -7,12 +7,13 @@ from typing import Any
 
 from ...kernels.errors import InputError
 from ..facts import Fact, InvalidFact, UnknownField, from_record, read_csv, read_jsonl, read_text
-from . import counterfact
+from . import counterfact, easyedit
 
 # (does this record look like it, its fields under our names)
 _PUBLISHED: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any]], dict[str, Any]]], ...] = (
     (counterfact.is_nested, counterfact.from_nested),
     (counterfact.is_flat, counterfact.from_flat),
+    (easyedit.is_counterfact, easyedit.from_counterfact),
 )
 
 

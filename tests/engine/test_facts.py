@@ -130,6 +130,18 @@ FLAT = {
 }
 
 
+EASYEDIT = {
+    "case_id": 3,
+    "prompt": "Paris lies in",
+    "target_new": "Italy",
+    "subject": "Paris",
+    "ground_truth": "France",
+    "rephrase_prompt": "Where is Paris? In",
+    "locality_prompt": "Lyon lies in",
+    "locality_ground_truth": "France",
+}
+
+
 def test_counterfact_nested_and_flat(tmp_path: Path) -> None:
     path = tmp_path / "any.json"
     path.write_text(json.dumps([NESTED]))
@@ -139,6 +151,10 @@ def test_counterfact_nested_and_flat(tmp_path: Path) -> None:
     common = ("Paris", "{} lies in", "Italy", "France", ("Where is Paris? In",), ("Lyon lies in",))
     assert nested == [Fact(*common, id="3")]
     assert flat == [Fact(*common, (EditNeighbor("Nice", "{} lies in", "France"),), "3")]
+    path.write_text(json.dumps([EASYEDIT, {**EASYEDIT, "case_id": 4, "locality_ground_truth": "Italy"}]))
+    easy, other = read_facts(path)
+    assert easy == Fact(*common, id="3")
+    assert other.neighbors == (), "the answer there is not this fact's true object"
 
 
 @pytest.mark.parametrize(
@@ -149,6 +165,7 @@ def test_counterfact_nested_and_flat(tmp_path: Path) -> None:
         ("mcf_neighbors_739", 739, True),
         ("mcf_neighbors_960", 960, True),
         ("mcf_neighbors_1340", 1340, True),
+        ("counterfact-edit", 10000, False),
     ],
 )
 def test_counterfact_as_published(shared: Path, name: str, count: int, assisted: bool) -> None:
@@ -258,6 +275,7 @@ def test_a_list_of_something_unknown(tmp_path: Path) -> None:
         ({key: value for key, value in FLAT.items() if key != "rephrase_prompt"}, "rephrase_prompt"),
         ({**FLAT, "locality": {}}, "neighborhood"),
         ({**FLAT, "locality": []}, "TypeError"),
+        ({key: value for key, value in EASYEDIT.items() if key != "locality_ground_truth"}, "locality_ground_truth"),
     ],
 )
 def test_a_published_record_that_is_none(tmp_path: Path, broken: dict[str, Any], message: str) -> None:

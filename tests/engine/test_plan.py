@@ -17,14 +17,12 @@ from rewire.engine.editors.registry import find_method
 from rewire.engine.hparams import Hparams, load_hparams
 from rewire.engine.model import demo_file
 from rewire.engine.outline import Outline, model_shape, outline
-from rewire.engine.passes import frozen
+from rewire.engine.passes import frozen, sample_contexts
 from rewire.engine.plan import Plan, Texts
 from rewire.engine.values import optimise_values
 from rewire.kernels.errors import InputError
-from rewire.kernels.floors import Cost, value_flops
+from rewire.kernels.floors import Cost
 from rewire.stats import memory, read_corpus
-
-CONTEXTS = ("The harbour is near the gate. {}", "Because the lamp was out. {}")
 
 
 def flops(cost: Cost, dtype: torch.dtype) -> float:
@@ -202,18 +200,15 @@ def test_a_small_chip(llama: Outline, chip: Callable[..., None]) -> None:
 
 
 def test_values_cost_what_they_do(demo: rewire.Model) -> None:
-    """Every step in full: facts stop early in practice, and rows of a group are padded to the longest."""
+    """Every step in full: facts stop early in practice, lengths are estimated, and rows of a group are padded."""
     facts = rewire.read_facts(demo_file("facts.jsonl"), limit=12)
-    hparams = Hparams(layers=(1, 2), v_num_grad_steps=4, v_lr=1e-6)
     demo.hf.set_attn_implementation("eager")
+    contexts = sample_contexts(demo, seed=0)
+    hparams = Hparams(layers=(1, 2), v_num_grad_steps=4, v_lr=1e-6)
+    plan = room.plan(outline("demo", device="cpu"), hparams, "memit", Texts.of(facts), flops)
     with frozen(demo), FlopCounterMode(display=False) as counter:
-        optimise_values(demo, facts, CONTEXTS, hparams)
-    rows = demo.tokenizer([context.replace("{}", fact.question) for fact in facts for context in ("{}", *CONTEXTS)])
-    tokens = round(sum(map(len, rows["input_ids"])) / len(rows["input_ids"]))
-    behind = [len(demo.tokenizer.encode(fact.prompt.split("{}")[1])) for fact in facts]
-    active = 1 + round(sum(behind) / len(behind))
-    found = value_flops(model_shape(demo), 2, 12 * 4, 12, tokens, active, 1, 4)
-    assert found == pytest.approx(counter.get_total_flops(), rel=0.5)
+        optimise_values(demo, facts, contexts, hparams)
+    assert phase(plan, "values").seconds == pytest.approx(counter.get_total_flops(), rel=0.3)
 
 
 def test_more_facts_and_tokens_take_longer() -> None:
@@ -243,7 +238,7 @@ def test_texts_are_counted() -> None:
         rewire.Fact("Ada Lovelace", "{} was born in the city of", "London"),
         rewire.Fact("Bo", "The mother tongue of {} is", "Dutch and French"),
     ]
-    assert Texts.of(facts) == Texts(2, prompt=8, behind=4, target=3, longest=11)
+    assert Texts.of(facts) == Texts(2, prompt=8, subject=2, behind=4, target=3, longest=11)
 
 
 # refusals

@@ -15,10 +15,13 @@ from rewire.kernels.floors import (
     Cost,
     ModelShape,
     Reach,
+    ValueRow,
     gram_cost,
+    keys_cost,
     statistics_cost,
     truncated_forward_cost,
     up_to_projection,
+    value_cost,
 )
 
 LLAMA3_8B = ModelShape(32, 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336, 4096, 4096, 14336, 128256)
@@ -108,3 +111,49 @@ def test_the_projection_is_reached_last() -> None:
     assert reach_of(model, [model.anatomy.layer_name(i) for i in (2, 0)]) == up_to_projection(shape, 2)
     assert reach_of(model, ["lm_head"]) == Reach(shape.layers, 0, False)
     assert demo_file("config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("shape", "values", "stopped", "keys"),
+    [(LLAMA3_8B, 24.6, 13.0, 2.13 / 5), (GPTJ_6B, 18.6, 9.9, None)],
+    ids=["llama-3-8b", "gpt-j-6b"],
+)
+def test_a_published_edit(shape: ModelShape, values: float, stopped: float, keys: float | None) -> None:
+    """PFLOP of 1000 facts, z-layer 8, as reference/performance-and-style.md 1f has them (without attention)."""
+    for steps, expected in ((25, values), (12, stopped)):
+        fact = [ValueRow(22, 15, 2, steps, steps)] * 6 + [ValueRow(8, 5, 0, steps, steps)]
+        assert 1e3 * value_cost(shape, 8, fact, 2).flops / 1e15 == pytest.approx(expected, rel=0.04)
+    if keys is not None:
+        found = keys_cost(shape, range(4, 9), [8], [18] * 5, 2).flops
+        assert 1e3 * found / 1e15 == pytest.approx(keys, rel=0.04)
+
+
+def test_what_keys_go_over_twice() -> None:
+    """One layer: up to its projection, and that of the plain rows twice. Blocks between layers run for all rows once,
+    for plain rows once more on the way to the z-layer."""
+    shape = ModelShape(6, 1000, 0, 10, 40, 99)
+    assert keys_cost(shape, [2], [3], [4], 4).flops == 2 * 7 * (3 * 1000 - 400) + 2 * 2 * 3 * 400
+    apart = keys_cost(shape, [1, 4], [3], [4], 4).flops
+    assert apart == 2 * 7 * (2 * 1000 - 400 + 3 * 1000) + 2 * 3 * (400 + 3 * 1000) + 2 * 2 * 3 * 400
+
+
+def test_what_a_value_step_costs() -> None:
+    """A row of 5 tokens from place 3 on, two blocks above, attention by hand: queries 4 and 5 see 4 and 5 tokens."""
+    shape = ModelShape(4, 1000, 8, 10, 40, 99)
+    once = 2 * 5 * 2 * 1000 + 2 * 15 * 4 * 8 + 2 * 3 * 1000 + 6 * 4 * 8  # two blocks; one more over the prefix
+    forward = 2 * (2 * 2 * 1000 + 9 * 4 * 8) + 2 * 2 * 10 * 99
+    backward = 2 * (2 * 2 * 1000 + 2 * 9 * 4 * 8) + 2 * 2 * 10 * 99
+    row = ValueRow(5, 3, labels=2, forwards=3, backwards=2)
+    assert value_cost(shape, 1, [row], 4).flops == once + 3 * forward + 2 * backward
+    held = ValueRow(3, 2, labels=0, forwards=1, backwards=0)
+    alone = 3 * 2 * 2 * 1000 + 2 * 6 * 4 * 8 + 2 * 2 * 1000 + 3 * 4 * 8  # two blocks; one more over the prefix
+    step = 2 * (2 * 1000 + 3 * 4 * 8) + 2 * 10 * 99
+    assert value_cost(shape, 1, [held], 4).flops == alone + step + 2 * 10 * 99
+    weights, head = 1000, 10 * 99
+    assert value_cost(shape, 1, [row], 2).bytes == 2 * (3 * weights + 5 * 10 + 5 * (2 * weights + head))
+
+
+def test_the_last_block_has_nothing_above() -> None:
+    shape = ModelShape(4, 1000, 8, 10, 40, 99)
+    row = ValueRow(5, 3, 1, 1, 0)
+    assert value_cost(shape, 3, [row], 4).flops == 5 * 4 * 2 * 1000 + 4 * 15 * 4 * 8 + 2 * 10 * 99
