@@ -11,7 +11,10 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-INTERRUPTED = "interrupted; no edit was written. Statistics being collected go on from their last checkpoint, if any"
+INTERRUPTED = (
+    "interrupted; no edit was written. The same command goes on: statistics being collected from their last "
+    "checkpoint, if any, values from those that are on disk"
+)
 
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt; older ones raise Abort
 

@@ -1,6 +1,7 @@
 """What the verbs share: options, the loaded model, progress bars, tables."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from rich.text import Text
 from ..engine.model import Model
 from ..engine.phases import Listener, silent
 from ..kernels.errors import InputError
+from ..stats.ranks import Ranks
 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory or hub id; `demo` is the embedded one.")
@@ -29,7 +31,9 @@ Quantize = Annotated[str | None, typer.Option(help="Quantise while loading: nf4,
 Impl = Annotated[str, typer.Option(help="What serves the kernels: auto, torch or triton.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampled context templates.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N records only.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Facts optimised at once; default: by free memory.")]
+BatchSize = Annotated[
+    str, typer.Option(metavar="auto|N", help="Facts optimised at once; auto: as the free memory allows and is of use.")
+]
 Stats = Annotated[Path | None, typer.Option(help="Folder of second moments (ours, or the ecosystem's npz).")]
 Contexts = Annotated[Path | None, typer.Option(help="JSON file of context templates; default: sampled from the model.")]
 Preset = Annotated[str | None, typer.Option(help="Preset file or name; default: found by the model's name.")]
@@ -55,6 +59,15 @@ def load(name: str, dtype: str, device: str, quantize: str | None = None) -> Mod
     return load(name, dtype, quantize, device)
 
 
+def batch_size(text: str) -> int | None:
+    """ "64" -> 64, "auto" -> None."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--batch-size {text}: expected auto, or a whole number of facts from 1 on")
+    return int(text)
+
+
 def new_folder(path: Path) -> Path:
     """A folder to write into that holds nothing yet. Raises `InputError` for one that does, or cannot be made."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -78,13 +91,20 @@ class _Rate(ProgressColumn):
         )
 
 
+def only_first(ranks: Ranks) -> None:
+    """Of several processes the first one speaks; what the others cannot go on with, they say too."""
+    if not ranks.first:
+        logging.getLogger("rewire").setLevel(logging.ERROR)
+
+
 @contextmanager
-def bars(best: Mapping[str, float | None] | None = None) -> Iterator[Listener]:
+def bars(best: Mapping[str, float | None] | None = None, shown: bool = True) -> Iterator[Listener]:
     """A listener that draws one bar a phase, with rate and time to go; silent where stdout is no terminal.
 
-    best: phase -> the rate that nothing passes, where it is known
+    The rate of a phase is measured from its first call on: what was done before it (values from disk) took no time.
+    best: phase -> the rate that nothing passes, where it is known; shown: whether anything is drawn
     """
-    if not sys.stdout.isatty():
+    if not shown or not sys.stdout.isatty():
         yield silent
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
@@ -93,7 +113,9 @@ def bars(best: Mapping[str, float | None] | None = None) -> Iterator[Listener]:
 
         def listen(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(phase.replace("_", " "), total=total, best=(best or {}).get(phase))
+                tasks[phase] = progress.add_task(
+                    phase.replace("_", " "), total=total, completed=done, best=(best or {}).get(phase)
+                )
             progress.update(tasks[phase], completed=done, total=total)
 
         yield listen

@@ -1,8 +1,9 @@
 """`rewire edit`: facts in, weights out, proof that it worked."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +27,7 @@ def edit(
         Path | None, typer.Option(help="AlphaEdit: published null_space_project.pt instead of second moments.")
     ] = None,
     contexts: common.Contexts = None,
-    batch_size: common.BatchSize = None,
+    batch_size: common.BatchSize = "auto",
     limit: common.Limit = None,
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Go on without facts that cannot be edited.")
@@ -40,6 +41,9 @@ def edit(
 ) -> None:
     """Edit the facts into the model; what changed is written beside it, the model itself stays as it is.
 
+    Interrupted, the same command goes on. Several GPUs share statistics and values:
+    torchrun --no-python --nproc-per-node 8 rewire edit ...
+
     Example: rewire edit gpt2-xl facts.jsonl --method memit --out edits/first
     """
     from ..engine.datasets import read_facts, scan_facts
@@ -49,10 +53,12 @@ def edit(
     from ..engine.session import EditSession
     from ..kernels.errors import InputError
     from ..stats import read_corpus
+    from ..stats.ranks import join
 
     # what can be known to be wrong is said before the model is loaded
     kind = find_method(method).hparams
     common.new_folder(out)
+    at_once = common.batch_size(batch_size)
     overrides = parse_overrides(settings or [])
     check_names(kind, overrides)
     if stats is not None and not stats.is_dir():
@@ -62,8 +68,10 @@ def edit(
     if not wanted:
         raise InputError(f"{facts}: none of its facts can be edited; {skipped[0].where}: {skipped[0].reason}")
     templates = None if contexts is None else read_contexts(contexts)
+    ranks = join()
+    common.only_first(ranks)
     loaded = common.load(model, dtype, device)
-    with common.bars() as listener:
+    with common.bars(shown=ranks.first) as listener:
         session = EditSession(
             loaded,
             method,
@@ -74,11 +82,14 @@ def edit(
             projections=projections,
             contexts=templates,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=at_once,
             impl=impl,
             listener=listener,
+            ranks=ranks,
         )
         done = session.edit(wanted, evaluate, skipped)
+        if not ranks.first:
+            return
         session.save(out)
     report = done.report
     if json:
@@ -87,6 +98,7 @@ def edit(
                 "facts": len(wanted),
                 "out": str(out),
                 "seconds": report["seconds"],
+                "values": report["values"],
                 "before": report["before"],
                 "after": report["after"],
                 "skipped": report["skipped"],
@@ -104,9 +116,22 @@ def edit(
         print(f"the new object is the most probable one for {len(wanted) - len(lost)} of {len(wanted)}{named}")
     for source, tokens in {(row["source"], row.get("tokens")): None for row in report["statistics"].values()}:
         print(f"statistics: {source}" + (f", {tokens:,} tokens" if tokens else ""))
+    if report["values"]:
+        print(values_line(report["values"]))
     print(common.seconds_line(report["seconds"]))
     print(f"written to {out}; the model with the edit in it is made by")
     words = ["rewire", "merge", str(out), "--to", model]
     if report["dtype"] == "float16":
         words += ["--dtype", "float16"]  # its weights are not those of another dtype
     print(f"  {shlex.join([*words, '--out'])} NEW")
+
+
+def values_line(values: Mapping[str, Any]) -> str:
+    """How the values went, in one line."""
+    cached = f", {values['cached']:,} from the cache" if values["cached"] else ""
+    if not values["optimised"]:
+        return f"values: all {values['facts']:,} from the cache"
+    return (
+        f"values: {values['optimised']:,} optimised{cached}; {values['facts_per_second']:,.1f} facts/s, "
+        f"{values['mean_steps']:.1f} steps on average, {values['capacity']} at once"
+    )

@@ -82,7 +82,8 @@ class EditedWeights:
             writable(name, self._module(name))
             parameter = self._parameter(name)
             self._check_untouched(name)
-            self.originals.setdefault(name, parameter.detach().clone())
+            if name not in self.originals:
+                self.originals[name] = parameter.detach().clone()
             before.setdefault(name, self.sums.get(name))
             weight, total, lost = self._add(name, before[name], factors)
             if not math.isfinite(lost):

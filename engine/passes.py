@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
-from ..kernels.gather_mean import gather_mean_
 from ..stats.collect import batches
 from ..stats.memory import free_bytes
 from .model import Model
@@ -48,6 +48,25 @@ def frozen(model: Model) -> Iterator[None]:
             getattr(module, name).requires_grad_(True)
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def fused(model: Model) -> Iterator[None]:
+    """`frozen`, and inside a GELU that is written out in a dozen operations (GPT-2, GPT-J) is torch's one of them."""
+    spelled_out = [
+        (module, name, child)
+        for module in model.hf.modules()
+        for name, child in module.named_children()
+        if type(child) in (NewGELUActivation, FastGELUActivation)
+    ]
+    with frozen(model):
+        for module, name, _ in spelled_out:
+            setattr(module, name, nn.GELU(approximate="tanh"))
+        try:
+            yield
+        finally:
+            for module, name, child in spelled_out:
+                setattr(module, name, child)
 
 
 @contextlib.contextmanager
@@ -93,64 +112,6 @@ def forward_bytes(model: Model) -> float:
 
 
 @torch.no_grad()
-def read_at(
-    model: Model,
-    rows: Sequence[Row],
-    *,
-    inputs: Sequence[int] = (),
-    outputs: Sequence[int] = (),
-    projected: Sequence[int] = (),
-    group: Tensor | None = None,
-    weight: Tensor | None = None,
-    batch_tokens: int | None = None,
-) -> dict[tuple[str, int], Tensor]:
-    """What the model holds at each row's position, or its weighted sums over groups of rows, as float32.
-
-    rows: each with a position
-    inputs: layers whose projection's input is wanted -> result["in", layer]: [n, d_in]
-    projected: layers whose projection's output is wanted -> result["proj", layer]: [n, d_model]
-    outputs: layers whose block's output is wanted -> result["out", layer]: [n, d_model]
-    group: [rows] int64 on the CPU, the row of the results that each row is added to; None: its own, n = rows
-    weight: [rows] float32 on the CPU, of each row in its sum; None: 1
-    """
-    wanted = {("in", layer): model.projection(layer) for layer in inputs}
-    wanted |= {("proj", layer): model.projection(layer) for layer in projected}
-    wanted |= {("out", layer): model.block(layer) for layer in outputs}
-    # in the order in which a forward reaches them
-    rank = {"in": 0, "proj": 1, "out": 2}
-    last = max(wanted, key=lambda key: (key[1], rank[key[0]]))
-    position = torch.tensor([row.position for row in rows])
-    target = torch.arange(len(rows)) if group is None else group
-    result: dict[tuple[str, int], Tensor] = {}
-    chosen: Tensor
-
-    def keep(key: tuple[str, int], tensor: Tensor) -> None:
-        place = tensor.device
-        if key not in result:
-            result[key] = torch.zeros(int(target.max()) + 1, tensor.shape[2], dtype=torch.float32, device=place)
-        share = None if weight is None else weight[chosen].to(place)
-        gather_mean_(result[key], tensor, position[chosen].to(place), target[chosen].to(place), share)
-        if key == last:
-            raise Stop
-
-    def hook(key: tuple[str, int]) -> Callable[..., None]:
-        if key[0] == "in":
-            return lambda module, args: keep(key, args[0])
-        return lambda module, args, output: keep(key, hidden_of(output))
-
-    handles = [
-        module.register_forward_pre_hook(hook(key)) if key[0] == "in" else module.register_forward_hook(hook(key))
-        for key, module in wanted.items()
-    ]
-    budget = batch_tokens or tokens_that_fit(model, forward_bytes(model))
-    with frozen(model), hooks(*handles):
-        for batch in batches([len(row.ids) for row in rows], budget):
-            chosen = torch.tensor(batch)
-            forward(model, pad([rows[i] for i in batch], model.device))
-    return result
-
-
-@torch.no_grad()
 def blocks_until(model: Model, ids: Tensor, layer: int) -> Tensor:
     """The output of block `layer` for token ids [rows, T]: [rows, T, d_model] in the model's dtype."""
     kept: list[Tensor] = []
@@ -159,7 +120,7 @@ def blocks_until(model: Model, ids: Tensor, layer: int) -> Tensor:
         kept.append(hidden_of(output))
         raise Stop
 
-    with frozen(model), hooks(model.block(layer).register_forward_hook(keep)):
+    with fused(model), hooks(model.block(layer).register_forward_hook(keep)):
         forward(model, ids)
     return kept[0]
 
@@ -174,7 +135,7 @@ def final_hidden(model: Model, rows: Sequence[Row], places: Sequence[Sequence[in
         seen.append(args[0])
         raise Stop
 
-    with frozen(model), hooks(model.head.register_forward_pre_hook(keep)):
+    with fused(model), hooks(model.head.register_forward_pre_hook(keep)):
         for batch in batches([len(row.ids) for row in rows], batch_tokens):
             forward(model, pad([rows[i] for i in batch], model.device))
             hidden = seen.pop()
@@ -238,7 +199,7 @@ def continuations(model: Model, prompts: Sequence[str], tokens: int, batch_token
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id or 0
     )
     fits = [i for i, ids in enumerate(coded) if len(ids) < model.max_length]
-    with frozen(model), _generating(model, greedy):
+    with fused(model), _generating(model, greedy):
         for chosen in batches([len(coded[i]) + tokens for i in fits], budget):
             batch = [fits[i] for i in chosen]
             longest = max(len(coded[i]) for i in batch)

@@ -34,13 +34,12 @@ from ..stats.memory import free_bytes, place_for
 from ..stats.moments import STRIP
 from .facts import Fact
 from .hparams import Hparams
+from .keys import kept_bytes
 from .outline import Outline, model_shape
 from .passes import CPU_TOKENS, GPU_TOKENS, MEMORY_SHARE, forward_bytes
 from .prompts import CONTEXT_TOKENS, SEED_WORDS
 from .statistics import Floor
-from .values import CPU_TOKENS as CPU_GROUP
-from .values import GPU_TOKENS as GPU_GROUP
-from .values import MAX_FACTS
+from .value_groups import fact_bytes, size_within, token_bytes
 
 DOCUMENT = 440  # tokens of a document: the mean of the English Wikipedia's
 CHARACTERS = 4  # of a token
@@ -74,8 +73,8 @@ class Texts:
             behind = len(fact.prompt) - fact.prompt.index("{}") - 2
             texts = (len(fact.question), len(fact.subject), behind, len(fact.target_new))
             rows.append([math.ceil(n / CHARACTERS) for n in texts])
-        means = (math.ceil(sum(column) / len(rows)) for column in zip(*rows, strict=True))
-        return cls(len(facts), *means, max(row[0] + row[3] for row in rows))
+        prompt, subject, behind, target = (math.ceil(sum(column) / len(rows)) for column in zip(*rows, strict=True))
+        return cls(len(facts), prompt, subject, behind, target, max(row[0] + row[3] for row in rows))
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def plan(model: Outline, hparams: Hparams, method: str, texts: Texts, floor: Flo
     own = "cpu" if model.device.type == "cpu" else "device"
     left = max(0, free[own] - weights)
     sums = place_for(layers, model.device, left, left if own == "cpu" else free["cpu"])
-    work = _Work(model, model_shape(model), hparams, method, texts, floor, weights, int(MEMORY_SHARE * left))
+    work = _Work(model, model_shape(model), hparams, method, texts, floor, weights, left)
     phases = [work.load(), work.statistics(tokens, length, sums)]
     if not model.quantize:  # which can be read, but not edited
         phases += [work.values(), work.keys(), work.solve(), work.apply()]
@@ -185,7 +184,12 @@ class _Work:
     texts: Texts
     floor: Floor
     weights: int  # bytes
-    room: int  # bytes that batches are made for, once the weights are there
+    left: int  # bytes where the model lies, once the weights are there
+
+    @property
+    def room(self) -> int:
+        """Bytes that batches are made for."""
+        return int(MEMORY_SHARE * self.left)
 
     @property
     def itemsize(self) -> int:
@@ -243,7 +247,6 @@ class _Work:
 
     def values(self) -> Phase:
         shape, texts, model = self.shape, self.texts, self.model
-        above = shape.layers - self.z_layer - 1
         n, steps = texts.facts, self.hparams.v_num_grad_steps
         rows = n * (REWRITTEN + 1)
         behind, passes = texts.behind + texts.target - 1, (steps, steps - 1)
@@ -251,18 +254,16 @@ class _Work:
         each.append(ValueRow(texts.subject, texts.subject - 1, 0, *passes))
         cost = value_cost(shape, self.z_layer, each, self.itemsize)
         cost = Cost(n * cost.flops, cost.bytes)  # the weights once a pass, were all facts in one batch
-        longest = texts.longest + CONTEXT_TOKENS
-        # a batch's keys, values and hidden states (`facts_that_fit`), and activations of a group (`group_tokens`)
         config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = heads * shape.attention_width // config.num_attention_heads
-        fact = (REWRITTEN + 1) * longest * (2 * above * width + shape.d_model) * self.itemsize
-        token = above * (12 * shape.d_model + 4 * shape.d_in) * self.itemsize
-        cap = GPU_GROUP if model.device.type == "cuda" else CPU_GROUP
-        kept, group = min(n, MAX_FACTS) * fact, min(rows * longest, cap) * token
-        device = max(fact, min(kept, self.room // 2)) + max(token, min(group, self.room // 2)) + 24 * n * shape.d_model
+        longest = texts.longest + CONTEXT_TOKENS
+        fact = fact_bytes(model.anatomy, config, self.z_layer, REWRITTEN + 1, longest, self.itemsize)
+        token = token_bytes(model.anatomy, self.z_layer, self.itemsize)
+        size = size_within(self.room, model.device, fact, token)
+        flying, group = min(n, size.facts), min(rows * longest, size.tokens)
+        device = flying * fact + group * token + 8 * n * shape.d_model
         disk = 8 * n * shape.d_model  # Z and what was there, kept
-        what = f"{n:,} facts, {sum(row.length for row in each)} tokens each, up to {steps} steps"
+        tokens = sum(row.length for row in each)
+        what = f"{n:,} facts, {flying} at once, {tokens} tokens each, up to {steps} steps"
         return Phase("values", device, self.moments, disk, self.floor(cost, model.dtype), what)
 
     def keys(self) -> Phase:
@@ -272,7 +273,9 @@ class _Work:
         cost = keys_cost(self.shape, self.hparams.layers, [plain], contexts, self.itemsize)
         cost = Cost(texts.facts * cost.flops, cost.bytes)
         rows = texts.facts * (plain + sum(contexts))
-        device = self.forward(rows) + 4 * texts.facts * (self.d + 2 * self.shape.d_model)
+        parted = rows * (self.d + self.shape.d_model) * self.itemsize if len(self.hparams.layers) > 1 else 0
+        kept = min(parted, kept_bytes(model.device, self.left))
+        device = self.forward(rows) + kept + 4 * texts.facts * (self.d + 2 * self.shape.d_model)
         what = f"{texts.facts:,} keys of each layer"
         return Phase("keys", device, self.moments, 0, self.floor(cost, model.dtype), what)
 

@@ -21,11 +21,12 @@ from .. import __version__
 from ..kernels.dispatch import recording, using
 from ..kernels.errors import InputError
 from ..kernels.spd_solve import Factor, NullSpace
-from ..stats import Corpus, cache_root, read_corpus
+from ..stats import Corpus, Moment, cache_root, read_corpus
 from ..stats.collect import Budget
 from ..stats.derived import Derived
 from ..stats.memory import free_bytes
 from ..stats.projections import Projections, basis_of, read_projections
+from ..stats.ranks import ALONE, Ranks
 from .delta import Delta, EditedWeights
 from .editors.registry import Job, find_method
 from .evaluation import evaluate
@@ -36,6 +37,7 @@ from .passes import continuations, sample_contexts
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
 from .statistics import second_moments
+from .value_store import value_folder
 
 log = logging.getLogger("rewire")
 
@@ -72,6 +74,8 @@ class EditSession:
     batch_size: facts whose values are optimised at once; None: from the free memory
     impl: "auto", "torch" or "triton": what serves the operations of `rewire.kernels`; the report names what did
     listener: called with (phase, done, total) while an edit runs
+    ranks: processes that each have such a session, on the same model, and edit the same facts (`stats.ranks.join`):
+        they share contexts, statistics and values; the first one evaluates
 
     Raises `InputError` for an unknown method or hyper-parameter, and for a preset that does not fit the model.
     """
@@ -91,6 +95,7 @@ class EditSession:
         batch_size: int | None = None,
         impl: str = "auto",
         listener: Listener = silent,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.method = find_method(method)
@@ -104,6 +109,7 @@ class EditSession:
         with using(impl):  # an unknown one is refused now
             pass
         self.listener = listener
+        self.ranks = ranks
         self.fingerprint = model.fingerprint  # of what this session starts from
         self.edits: list[Edit] = []
         self.weights = EditedWeights(model)
@@ -146,8 +152,10 @@ class EditSession:
         phases = Phases(self.listener)
         with phases("contexts"):
             if self.contexts is None:
-                self.contexts = sample_contexts(self.model, self.seed)
+                self.contexts = self.ranks.same(sample_contexts(self.model, self.seed) if self.ranks.first else None)
+            assert self.contexts is not None
         with self.weights.provisional() as put:  # whatever fails inside, all weights are put back
+            evaluate = evaluate and self.ranks.first
             job = Job(
                 self.model,
                 facts,
@@ -160,6 +168,8 @@ class EditSession:
                 phases,
                 self._state,
                 self.batch_size,
+                self._value_folder(self.contexts),
+                self.ranks,
             )
             self.method.check(job)  # what can be refused is refused before the long work
             before = self._look(facts, phases, "evaluate_before") if evaluate else None
@@ -171,6 +181,7 @@ class EditSession:
                 "seconds": {name: round(seconds, 4) for name, seconds in phases.seconds.items()},
                 "before": before and before["metrics"],
                 "after": after and after["metrics"],
+                "values": outcome.values,
                 "layers": outcome.layers,
                 "facts": [
                     to_record(fact)
@@ -243,16 +254,22 @@ class EditSession:
                     raise InputError("statistics are those of the unedited model: it was edited before they were there")
                 wanted = self.hparams
                 tokens = wanted.mom2_tokens or 20 * self.model.anatomy.d_in
-                found = second_moments(
-                    self.model,
-                    list(name_of),
-                    corpus,
-                    Budget(wanted.mom2_max_length, wanted.mom2_n_samples, tokens),
-                    seed=wanted.mom2_seed,
-                    stats=self._stats,
-                    fingerprint=self.fingerprint,
-                    progress=tick,
-                )
+                found: dict[str, Moment] = {}
+                for ranks in (self.ranks, ALONE):  # what was collected together is the first's; others read it then
+                    lacking = [name for name in name_of if name not in found]
+                    if not lacking:
+                        break
+                    found |= second_moments(
+                        self.model,
+                        lacking,
+                        corpus,
+                        Budget(wanted.mom2_max_length, wanted.mom2_n_samples, tokens),
+                        seed=wanted.mom2_seed,
+                        stats=self._stats,
+                        fingerprint=self.fingerprint,
+                        ranks=ranks,
+                        progress=tick,
+                    )
             for name in list(found):
                 moment = found.pop(name)  # its triangle goes as the next mean comes
                 self._moments[name_of[name]] = moment.mean
@@ -260,6 +277,12 @@ class EditSession:
                 over = None if corpus is None else f"{corpus.name}-{corpus.digest}"
                 self._statistics[name] = {"source": moment.source, "tokens": moment.count, "corpus": over}
         return {layer: self._moments[layer] for layer in layers}
+
+    def _value_folder(self, contexts: Sequence[str]) -> Path:
+        """Where values are kept that are made of the model as it is now; of all ranks one."""
+        first = self.ranks.first
+        name = value_folder(self.model, contexts, self.hparams) if first else None
+        return cache_root() / "values" / str(self.ranks.same(name))
 
     def _read_corpus(self) -> Corpus:
         named = self._corpus or demo_file("corpus.txt")

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from ..kernels.errors import InputError
 from .anatomy import widths
 from .model import Model
-from .passes import Stop, forward, frozen, hooks
+from .passes import Stop, forward, fused, hooks
 
 Sink = Callable[[str, Tensor], None]
 
@@ -73,7 +73,7 @@ def stream_inputs(model: Model, rows: Sequence[np.ndarray], modules: Sequence[st
         return take
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in maps.items()]
-    with frozen(model), hooks(*handles):
+    with fused(model), hooks(*handles):
         if packed:
             positions = torch.cat([torch.arange(len(row)) for row in rows])[None]  # from 0 in each document
             with _packing(model, [len(row) for row in rows]):

@@ -18,25 +18,29 @@ from transformers import Cache, DynamicCache
 from ..kernels.errors import InputError
 from ..kernels.gather_mean import scatter_add
 from .model import Model
-from .passes import blocks_until, frozen, hidden_of, hooks, run_until
+from .passes import Stop, blocks_until, frozen, hidden_of, hooks, run_until
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments behind the hidden states
+Calls = dict[int, Call]  # block -> what it is called with
 
 
 class PrefixCache:
     """What a block sees as its cache: hands out the kept keys and values of earlier tokens before the new ones.
 
     Only `update` is used by the attention of the families of transformers 5. kept: layer -> (keys, values), each
-    [rows, heads, prefix, head width]; while `recording`, what comes is kept.
+    [rows, heads, prefix, head width]; while `recording`, what comes is kept, and behind block `last` nothing is wanted.
     """
 
-    def __init__(self, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, kept: dict[int, tuple[Tensor, Tensor]], last: int = -1) -> None:
         self.kept = kept
+        self.last = last
         self.recording = False
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if self.recording:
             self.kept[layer] = (keys, values)
+            if layer == self.last:
+                raise Stop
         elif layer in self.kept:
             earlier_keys, earlier_values = self.kept[layer]
             return torch.cat([earlier_keys, keys], 2), torch.cat([earlier_values, values], 2)
@@ -47,9 +51,9 @@ class PrefixCache:
         return PrefixCache({layer: (keys[at], values[at]) for layer, (keys, values, at) in pairs.items()})
 
 
-def record_calls(model: Model, layer: int, length: int) -> dict[int, Call]:
+def record_calls(model: Model, layer: int, length: int) -> Calls:
     """What the model calls each block above `layer` with, for one row of `length` tokens, masks in full."""
-    calls: dict[int, Call] = {}
+    calls: Calls = {}
 
     def record(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -96,24 +100,32 @@ class Suffix:
     model: Model
     active: Tensor
     start: Tensor
-    calls: dict[int, Call]
+    calls: Calls
     cache: PrefixCache
 
     @classmethod
-    def of(cls, model: Model, calls: dict[int, Call], hidden: Tensor, start: Tensor, width: int) -> "Suffix":
-        """hidden: [rows, T, d_model], what the layer gives; width: active tokens, A; calls: recorded for T tokens."""
+    def of(
+        cls, model: Model, calls: Calls, hidden: Tensor, start: Tensor, width: int, recorded: int | None = None
+    ) -> "Suffix":
+        """hidden: [rows, T, d_model], what the layer gives; width: active tokens, A.
+
+        calls: recorded for a row of `recorded` tokens, at least T; None: T
+        """
         length = hidden.shape[1]
+        recorded = recorded or length
         prefix = int(start.max())
-        cache = PrefixCache({})
+        cache = PrefixCache({}, last=model.anatomy.n_layers - 1)
         rows = torch.arange(len(hidden), device=hidden.device)
         if prefix:
             cache.recording = True
             early = hidden[:, :prefix]
-            with torch.no_grad():
-                for layer, (args, kwargs) in _gather(calls, torch.zeros_like(start), prefix, 0, length, cache).items():
+            with torch.no_grad(), contextlib.suppress(Stop):
+                for layer, (args, kwargs) in _gather(
+                    calls, torch.zeros_like(start), prefix, 0, (length, recorded), cache
+                ).items():
                     early = hidden_of(model.block(layer)(early, *args, **kwargs))
             cache.recording = False
-        gathered = _gather(calls, start, width, prefix, length, cache)
+        gathered = _gather(calls, start, width, prefix, (length, recorded), cache)
         at = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(length - 1)
         return cls(model, hidden[rows[:, None], at], start, gathered, cache)
 
@@ -127,7 +139,7 @@ class Suffix:
             # what was gathered has a row of each row; a one-dimensional tensor is all rows'
             return value[kept.to(value.device)] if isinstance(value, Tensor) and value.ndim > 1 else value
 
-        calls: dict[int, Call] = _map(self.calls, take, {})
+        calls: Calls = _map(self.calls, take, {})
         return replace(self, active=self.active[kept], start=self.start[kept], calls=calls, cache=cache)
 
     def __call__(self, delta: Tensor, fact: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
@@ -146,9 +158,13 @@ class Suffix:
 
 
 def _gather(
-    calls: dict[int, Call], start: Tensor, width: int, prefix: int, length: int, cache: PrefixCache
-) -> dict[int, Call]:
-    """Recorded calls at positions start .. start + width - 1 of each row, keys at 0 .. prefix - 1 and there."""
+    calls: Calls, start: Tensor, width: int, prefix: int, lengths: tuple[int, int], cache: PrefixCache
+) -> Calls:
+    """Recorded calls at positions start .. start + width - 1 of each row, keys at 0 .. prefix - 1 and there.
+
+    lengths: tokens of the rows, and of the row that was recorded, which is no shorter
+    """
+    length, recorded = lengths
     asked = start[:, None] + torch.arange(width, device=start.device)  # [rows, A]
     query = asked.clamp_max(length - 1)
     early = torch.arange(prefix, device=start.device).expand(len(start), prefix)
@@ -160,17 +176,17 @@ def _gather(
             return cache
         if not isinstance(value, Tensor):
             return value
-        if value.ndim == 4 and value.shape[:3] == (1, 1, length) and value.shape[3] >= length:  # some add a column
+        if value.ndim == 4 and value.shape[:3] == (1, 1, recorded) and value.shape[3] >= recorded:  # some add a column
             mask = value[0, 0].to(start.device)[query[:, :, None], key[:, None, :]]
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             return mask.masked_fill(unseen[:, None, :], hidden)[:, None]
-        if value.shape == (length,):  # `cache_position` of earlier transformers: for caches alone
+        if value.shape == (recorded,):  # `cache_position` of earlier transformers: for caches alone
             return value
-        if value.shape[:2] == (1, length):
+        if value.shape[:2] == (1, recorded):
             return value[0][query.to(value.device)]
         raise InputError(f"blocks take a tensor of shape {tuple(value.shape)}: this family cannot be edited yet")
 
-    found: dict[int, Call] = _map(calls, take, {})
+    found: Calls = _map(calls, take, {})
     return found
 
 

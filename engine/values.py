@@ -1,39 +1,43 @@
 """Target values Z: what the z-layer's block should give at each subject, optimised for many facts at once.
 
 One variable delta a fact, added to the z-layer's output at the subject's last token of all its rows. Facts never see
-each other: each has its own Adam state, stop and clamp, so a batch takes the same path as one fact alone. The blocks
-up to the z-layer run once; each step runs the blocks above from the subject on (`engine.suffix`), and the head at
-label rows only. Rows of all facts of a batch are sorted by length and run in groups that fit the caches (or the GPU).
+each other: each has its own step, Adam state, stop and clamp, so a batch takes the same path as one fact alone. The
+blocks up to the z-layer run once; each step runs the blocks above from the subject on (`engine.suffix`), and the head
+at label rows only.
 
-Loss of a fact (MEMIT, arXiv 2210.07229, as published):
-  mean over rewriting rows of mean over label tokens of -log p
-  + kl_factor KL(p_now || p_first) at the subject's last token of "{} is a"
-  + v_weight_decay |delta| / |h0|^2
+Facts come in an order by the shape of their rows, and are worked on in rounds: so many are in flight, those that are
+done leave at once, and when few are left, waiting ones take the free places and all are laid out anew. So what a run
+does depends on nothing but its facts: killed and started again, it goes on from the last round to the same bits.
 """
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.errors import InputError
-from ..kernels.target_nll import target_nll
-from ..stats.collect import batches
-from ..stats.memory import free_bytes
+from ..stats.ranks import ALONE, Ranks
 from .facts import Fact
 from .hparams import Hparams
 from .model import Model
-from .passes import MEMORY_SHARE, blocks_until, frozen, read_at
-from .prompts import PLAIN, Row, fact_rows, kl_rows, pad
-from .suffix import Call, Suffix, record_calls
+from .passes import fused
+from .prompts import PLAIN, fact_rows, kl_rows
+from .suffix import Calls, record_calls
+from .value_groups import lay_out, size_for
+from .value_steps import STOP_LOSS as STOP_LOSS
+from .value_steps import Table, fresh, pick, run_round, stack
+from .value_store import ValueStore, fact_key
 
-STOP_LOSS = 0.05
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-CPU_TOKENS = 512  # padded tokens of a group of rows: more leave the caches of a CPU (docs/benchmarks.md)
-GPU_TOKENS = 16384
-MAX_FACTS = 4096  # of a batch; its hidden states and variables stay in memory
+log = logging.getLogger("rewire")
+
+# of the facts in flight, those that are left when a round ends: what is carried over is laid out again, which costs a
+# fact some 2 steps; groups of so few facts are still about full
+LEFT = 8
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Values:
     first_nll, last_nll: [n] mean negative log-likelihood of the target before, and with delta, in nats
     loss: [n] the last loss
     steps: [n] int64, Adam updates made
+    losses: [n, v_num_grad_steps] float32, the loss at each forward, NaN behind the last
+    cached: [n] bool, came from disk
+    capacity: facts in flight at once; 0: none had to be optimised
     """
 
     Z: Tensor
@@ -53,39 +60,42 @@ class Values:
     last_nll: Tensor
     loss: Tensor
     steps: Tensor
+    losses: Tensor
+    cached: Tensor
+    capacity: int
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Token rows of about one length, of any facts of the batch, and what is read where."""
+def fact_columns(values: Values) -> dict[str, list[Any]]:
+    """What a report says of each fact's optimisation: column -> a number, or a list, a fact."""
+    norm, size = (values.Z - values.h0).norm(dim=1), values.h0.norm(dim=1)
+    return {
+        "steps": values.steps.tolist(),
+        "nll_before": values.first_nll.tolist(),
+        "nll_with_delta": values.last_nll.tolist(),
+        "probability_with_delta": (-values.last_nll).exp().tolist(),
+        "loss": values.loss.tolist(),
+        "losses": [
+            [float(f"{loss:.4g}") for loss in row[: made + 1]]
+            for row, made in zip(values.losses.tolist(), values.steps.tolist(), strict=True)
+        ],
+        "delta_norm": norm.tolist(),
+        "relative_delta_norm": (norm / size).tolist(),
+        "cached": values.cached.tolist(),
+    }
 
-    suffix: Suffix
-    fact: Tensor  # [rows] which fact a row belongs to
-    label_row: Tensor  # [m] row of each label
-    label_at: Tensor  # [m] position that predicts it
-    label: Tensor  # [m] token id
-    label_weight: Tensor  # [m] 1 / (labels of its row * rewriting rows of its fact)
-    kl_row: Tensor  # [k] the rows that are KL rows
-    first: Tensor | None = None  # [k, d_model] what the head reads there at delta = 0
 
-    def only(self, going: Tensor) -> "_Group":
-        """Without the rows of facts that have finished; going: [facts] bool."""
-        kept = going[self.fact]
-        if kept.all():
-            return self
-        place = kept.cumsum(0) - 1
-        labels, kl = kept[self.label_row], kept[self.kl_row]
-        return replace(
-            self,
-            suffix=self.suffix.only(kept),
-            fact=self.fact[kept],
-            label_row=place[self.label_row[labels]],
-            label_at=self.label_at[labels],
-            label=self.label[labels],
-            label_weight=self.label_weight[labels],
-            kl_row=place[self.kl_row[kl]],
-            first=None if self.first is None else self.first[kl],
-        )
+def summary(values: Values, seconds: float) -> dict[str, Any]:
+    """What a report says of all facts together; seconds: that the values took, cached ones among them."""
+    facts, cached = len(values.steps), int(values.cached.sum())
+    return {
+        "facts": facts,
+        "optimised": facts - cached,
+        "cached": cached,
+        "seconds": round(seconds, 4),
+        "facts_per_second": (facts - cached) / seconds if seconds else None,
+        "mean_steps": float(values.steps.double().mean()),
+        "capacity": values.capacity,
+    }
 
 
 def optimise_values(
@@ -94,170 +104,177 @@ def optimise_values(
     contexts: Sequence[str],
     hparams: Hparams,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
+    *,
+    cache: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Values:
-    """Target values of all facts.
+    """Target values of all facts; facts that ask for the same are optimised once.
 
     contexts: generated context templates; the plain one is added in front
-    batch_size: facts optimised at once; None: as many as the free memory holds
-    Raises `InputError` when a loss is no number (the model, or the learning rate, is broken).
+    batch_size: facts in flight at once; None: as many as the free memory holds, and are of use
+    progress: called with (facts done, cached ones among them, facts in all); those under way count by their steps
+    cache: a folder of these weights, contexts and hyper-parameters (named by `value_store.value_folder`): what is
+        there is taken, what is made comes there as it is made; None: nothing is read or written
+    ranks: the processes that share the facts; each has all values in the end
+    Raises `InputError` when a loss is no number (the model, or the learning rate, is broken), and where the memory does
+    not hold one fact.
     """
-    templates = (PLAIN, *contexts)
-    rewriting = fact_rows(model.tokenizer, facts, templates, model.max_length)
-    kl = kl_rows(model.tokenizer, facts)
-    longest = max(len(row.ids) for group in rewriting for row in group)
-    size = batch_size or facts_that_fit(model, hparams.layers[-1], longest, len(templates) + 1)
-    parts: list[Values] = []
-    with frozen(model):
-        for start in range(0, len(facts), size):
-            stop = min(start + size, len(facts))
-            groups = _layout(model, hparams.layers[-1], rewriting[start:stop], kl[start:stop])
-            plain = [group[0] for group in rewriting[start:stop]]
-            h0 = read_at(model, plain, outputs=hparams.layers[-1:])["out", hparams.layers[-1]]
-
-            def tick(share: float, start: int = start, stop: int = stop) -> None:
-                progress(start + int(share * (stop - start)), len(facts))
-
-            values = _optimise(model, groups, h0, hparams, tick)
-            broken = (~torch.isfinite(values.loss)).nonzero()[:, 0].tolist()
-            if broken:
-                names = ", ".join(facts[start + i].id for i in broken)
-                raise InputError(f"the loss of facts {names} is not a number; no weight was changed (lower v_lr?)")
-            parts.append(values)
-    return Values(*(torch.cat([getattr(part, name) for part in parts]) for name in Values.__dataclass_fields__))
+    keys = [fact_key(fact) for fact in facts]
+    unique: dict[str, Fact] = {}
+    for key, fact in zip(keys, facts, strict=True):
+        unique.setdefault(key, fact)
+    run = _Run(model, list(unique.values()), list(unique), contexts, hparams, batch_size, progress, cache, ranks)
+    found = run.whole()
+    place = {key: number for number, key in enumerate(unique)}
+    table = pick(found, [place[key] for key in keys])
+    columns = {field.name: table[field.name].to(model.device) for field in fields(Values) if field.name in table}
+    return Values(**columns, capacity=run.capacity)
 
 
-def facts_that_fit(model: Model, layer: int, tokens: int, rows: int) -> int:
-    """Facts of `rows` rows of `tokens` tokens whose keys, values and hidden states stay in memory."""
-    config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or model.anatomy.d_model // config.num_attention_heads
-    kept = 2 * (model.anatomy.n_layers - layer - 1) * heads * width + model.anatomy.d_model  # numbers a token
-    state = rows * tokens * kept * next(model.hf.parameters()).element_size()
-    return max(1, min(MAX_FACTS, int(MEMORY_SHARE * free_bytes(model.device) / 2 / state)))
+class _Run:
+    """One call of `optimise_values`, on one of its ranks; facts are their numbers in it.
 
-
-def group_tokens(model: Model, layer: int) -> int:
-    """Padded tokens whose activations above `layer` are kept for one backward."""
-    anatomy = model.anatomy
-    item = next(model.hf.parameters()).element_size()
-    saved = item * (anatomy.n_layers - layer - 1) * (12 * anatomy.d_model + 4 * anatomy.d_in)
-    cap = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
-    return max(1, min(cap, int(MEMORY_SHARE * free_bytes(model.device) / 2 / saved)))
-
-
-def _layout(model: Model, layer: int, rewriting: Sequence[Sequence[Row]], kl: Sequence[Row]) -> list[_Group]:
-    rows = [row for group in rewriting for row in group] + list(kl)
-    owner = [fact for fact, group in enumerate(rewriting) for _ in group] + list(range(len(kl)))
-    active = [len(row.ids) - row.position for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: rows[i].position)  # rows of one batch start at about one place
-    recorded: dict[int, dict[int, Call]] = {}
-    groups = []
-    for batch in batches([active[i] for i in order], group_tokens(model, layer)):
-        chosen = [order[i] for i in batch]
-        ids = pad([rows[i] for i in chosen], model.device)
-        longest = ids.shape[1]
-        if longest not in recorded:
-            recorded[longest] = record_calls(model, layer, longest)
-        hidden = blocks_until(model, ids, layer)
-        labels = [rows[i].labels for i in chosen]
-
-        def put(numbers: Sequence[float], kind: torch.dtype = torch.long) -> Tensor:
-            return torch.tensor(numbers, dtype=kind, device=hidden.device)  # noqa: B023
-
-        start = put([rows[i].position for i in chosen])
-        ends = [len(rows[i].ids) for i in chosen]
-        share = [len(rewriting[owner[i]]) * len(rows[i].labels) for i in chosen]
-        groups.append(
-            _Group(
-                suffix=Suffix.of(model, recorded[longest], hidden, start, active[chosen[0]]),
-                fact=put([owner[i] for i in chosen]),
-                label_row=put([line for line, row in enumerate(labels) for _ in row]),
-                label_at=put([at for end, row in zip(ends, labels, strict=True) for at in range(end - len(row), end)]),
-                label=put([token for row in labels for token in row]),
-                label_weight=put([1 / n for n, row in zip(share, labels, strict=True) for _ in row], torch.float32),
-                kl_row=put([line for line, row in enumerate(labels) if not row]),
-            )
-        )
-    return groups
-
-
-def _optimise(
-    model: Model, groups: list[_Group], h0: Tensor, hparams: Hparams, tick: Callable[[float], None]
-) -> Values:
-    radius = hparams.clamp_norm_factor * h0.norm(dim=1)
-    decay = hparams.v_weight_decay / h0.norm(dim=1) ** 2
-    delta, m, v = torch.zeros_like(h0), torch.zeros_like(h0), torch.zeros_like(h0)
-    going = torch.ones(len(h0), dtype=torch.bool, device=h0.device)  # facts that still move
-    first_nll, last_nll, last_loss = (h0.new_zeros(len(h0)) for _ in range(3))
-    steps = torch.zeros(len(h0), dtype=torch.long, device=h0.device)
-
-    for step in range(hparams.v_num_grad_steps):
-        update = step < hparams.v_num_grad_steps - 1  # the last forward is only looked at
-        nll, kl, gradient = h0.new_zeros(len(h0)), h0.new_zeros(len(h0)), torch.zeros_like(h0)
-        for number, group in enumerate(groups):
-            group = group.only(going)
-            if len(group.fact):
-                group = _add_loss(model, group, delta, hparams.kl_factor, update, nll, kl, gradient)
-            groups[number] = group
-        norm = delta.norm(dim=1)
-        loss = nll + hparams.kl_factor * kl + decay * norm
-        if step == 0:
-            first_nll = nll.clone()
-        last_nll, last_loss = torch.where(going, nll, last_nll), torch.where(going, loss, last_loss)
-        going = going & (loss >= STOP_LOSS)  # false for NaN too
-        tick((step + 1) / hparams.v_num_grad_steps)
-        if not update or not going.any():
-            break
-        # |delta| has subgradient 0 at 0
-        gradient = gradient + decay[:, None] * (delta / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None])
-        m = BETA1 * m + (1 - BETA1) * gradient
-        v = BETA2 * v + (1 - BETA2) * gradient**2
-        moved = delta - hparams.v_lr / (1 - BETA1 ** (step + 1)) * m / ((v / (1 - BETA2 ** (step + 1))).sqrt() + EPS)
-        norm = moved.norm(dim=1)
-        moved = torch.where((norm > radius)[:, None], moved * (radius / norm)[:, None], moved)
-        delta = torch.where(going[:, None], moved, delta)
-        steps += going
-    tick(1.0)
-    return Values(h0 + delta, h0, first_nll, last_nll, last_loss, steps)
-
-
-def _add_loss(
-    model: Model,
-    group: _Group,
-    delta: Tensor,
-    kl_factor: float,
-    update: bool,
-    nll: Tensor,
-    kl: Tensor,
-    gradient: Tensor,
-) -> _Group:
-    """Adds the group's part of each fact's nll and KL and, with `update`, of the gradient of their weighted sum.
-
-    Returns the group with `first`, which the first call finds.
+    order: all facts, by the shape of their rows; mine: this rank's, in that order
+    done: fact -> what is known of it; flying: fact -> its state, between rounds (rows of tables on the CPU)
     """
-    weight, bias, softcap = model.head_parts()
-    with torch.set_grad_enabled(update):
-        moved = delta.detach().requires_grad_(update)
-        read_row = torch.cat([group.label_row, group.kl_row])
-        read_position = torch.cat([group.label_at, group.suffix.start[group.kl_row]])
-        hidden = group.suffix(moved, group.fact, (read_row, read_position)).to(weight.device)
-        labels = len(group.label)
-        first = hidden[labels:].detach().clone() if group.first is None else group.first
-        of_nll, of_kl = target_nll(
-            hidden,
-            weight,
-            group.label.to(weight.device),
-            group.fact[read_row].to(weight.device),
-            torch.cat([group.label_weight, torch.ones_like(group.kl_row, dtype=torch.float32)]).to(weight.device),
-            len(delta),
-            first=first,
-            bias=bias,
-            softcap=softcap,
-        )
-        if update:
-            (found,) = torch.autograd.grad(of_nll.sum() + kl_factor * of_kl.sum(), moved)
-            gradient += found
-    nll += of_nll.detach().to(nll.device)
-    kl += of_kl.detach().to(kl.device)
-    return replace(group, first=first)
+
+    def __init__(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        keys: Sequence[str],
+        contexts: Sequence[str],
+        hparams: Hparams,
+        batch_size: int | None,
+        progress: Progress,
+        cache: Path | None,
+        ranks: Ranks,
+    ) -> None:
+        self.model, self.facts, self.keys, self.hparams = model, facts, keys, hparams
+        self.progress, self.ranks = progress, ranks
+        self.z_layer = hparams.layers[-1]
+        self.rewriting = fact_rows(model.tokenizer, facts, (PLAIN, *contexts), model.max_length)
+        self.kl = kl_rows(model.tokenizer, facts)
+        self.longest = max(len(row.ids) for rows in (*self.rewriting, self.kl) for row in rows)
+        self.order = sorted(range(len(facts)), key=self._shape)
+        self.place = {fact: at for at, fact in enumerate(self.order)}
+        self.mine = self.order[ranks.rank :: ranks.world]
+        self.size = size_for(model, self.z_layer, len(contexts) + 2, self.longest, batch_size)
+        self.capacity, self.said, self.said_of_memory = 0, -1, False
+        self.total = len(facts)
+        self.store = cache and ValueStore(cache, model.anatomy.d_model, hparams.v_num_grad_steps)
+        self.done: dict[int, Table] = {}
+        self.flying: dict[int, Table] = {}
+        if self.store:
+            number = {keys[fact]: fact for fact in self.mine}
+            done, states = self.store.read(list(number))
+            self.done = {number[key]: row | {"cached": torch.ones(1, dtype=torch.bool)} for key, row in done.items()}
+            self.flying = {number[key]: row for key, row in states.items()}
+
+    def _shape(self, fact: int) -> tuple[int, int, int]:
+        """Facts that are in flight together have rows of like lengths; the longest come first."""
+        active = max(len(row.ids) - row.position for row in self.rewriting[fact])
+        return -active, -max(len(row.ids) for row in self.rewriting[fact]), fact
+
+    def whole(self) -> Table:
+        """What is known of all facts, in their order, on every rank."""
+        problem: str | None = None
+        try:
+            self._work()
+        except InputError as error:  # another rank waits below: it shall hear of it
+            problem = str(error)
+        problems = [said for said in self.ranks.gather(problem) if said]
+        if problems:
+            raise InputError(problems[0])
+        own = stack([self.done[fact] for fact in self.mine]) if self.mine else {}
+        self.capacity = max(self.ranks.gather(self.capacity))
+        names = max(self.ranks.gather(list(own)), key=len)  # more ranks than facts: some have none
+        dealt = [fact for rank in range(self.ranks.world) for fact in self.order[rank :: self.ranks.world]]
+        back = torch.tensor(dealt).argsort()
+        whole = {name: torch.cat(self.ranks.share(own.get(name)))[back] for name in names}
+        if self.store and self.ranks.first:
+            self.store.merge()
+        return whole
+
+    def _work(self) -> None:
+        waiting = [fact for fact in self.mine if fact not in self.done and fact not in self.flying]
+        self._say(len(self.done))
+        if not waiting and not self.flying:
+            return
+        with fused(self.model):
+            calls = record_calls(self.model, self.z_layer, self.longest)
+            while waiting or self.flying:
+                carried = sorted(self.flying, key=self.place.__getitem__)[: self.size.facts]
+                room = self.size.facts - len(carried)
+                chosen = sorted([*carried, *waiting[:room]], key=self.place.__getitem__)
+                leave = self.size.facts // LEFT if waiting[room:] else 0
+                if self._round_that_fits(chosen, leave, calls):
+                    waiting = waiting[room:]
+                else:
+                    self.size = self.size.halved()
+
+    def _round_that_fits(self, chosen: list[int], leave: int, calls: Calls) -> bool:
+        """Whether there was enough memory; where not, everything is as before."""
+        try:
+            made = self._round(chosen, leave, calls)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            said = log.info if self.said_of_memory else log.warning
+            said("out of memory with %d facts in flight: going on with half as many", self.size.facts)
+            self.said_of_memory = True
+            made = None
+        # the error held what was on the device
+        if made is None:
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return False
+        self.capacity = max(self.capacity, self.size.facts)
+        self._keep(chosen, *made)
+        return True
+
+    def _round(self, chosen: list[int], leave: int, calls: Calls) -> tuple[Tensor, Table, Table]:
+        rewriting, kl = [self.rewriting[fact] for fact in chosen], [self.kl[fact] for fact in chosen]
+        groups, h0 = lay_out(self.model, self.z_layer, rewriting, kl, calls, self.longest, self.size.tokens)
+        state = fresh(h0, self.model.head_parts()[0].dtype, self.hparams.v_num_grad_steps)
+        rows = [row for row, fact in enumerate(chosen) if fact in self.flying]
+        if rows:
+            carried = stack([self.flying[chosen[row]] for row in rows])
+            for name, column in state.items():
+                column[rows] = carried[name].to(column.device)
+        others = len(self.done)
+        return run_round(self.model, groups, state, self.hparams, leave, lambda done: self._say(others + done))
+
+    def _keep(self, chosen: list[int], done: Tensor, known: Table, state: Table) -> None:
+        """Puts a round's results away. Raises `InputError` for a loss that is no number; the others are kept then."""
+        done, known, state = done.cpu(), {k: v.cpu() for k, v in known.items()}, {k: v.cpu() for k, v in state.items()}
+        good = torch.isfinite(known["loss"]) & torch.isfinite(known["Z"]).all(1)
+        finished, going, broken = (mask.nonzero()[:, 0].tolist() for mask in (done & good, ~done, done & ~good))
+        if self.store:
+            parts = ((finished, known), (going, state))
+            self.store.add(*(([self.keys[chosen[row]] for row in rows], pick(of, rows)) for rows, of in parts))
+        for row in finished:
+            self.flying.pop(chosen[row], None)
+            self.done[chosen[row]] = pick(known, [row]) | {"cached": torch.zeros(1, dtype=torch.bool)}
+        for row in going:
+            self.flying[chosen[row]] = pick(state, [row])
+        if broken:
+            names = ", ".join(self.facts[chosen[row]].id for row in broken)
+            raise InputError(f"the loss of facts {names} is not a number; no weight was changed (lower v_lr?)")
+        self._say(len(self.done))
+
+    def _say(self, done: float) -> None:
+        """Progress of all ranks, as this one's; never back, where a round is done again."""
+        share = done / len(self.mine) if self.mine else 1.0
+        now = int(share * self.total + 1e-6)
+        if now > self.said:
+            self.said = now
+            self.progress(now, self.total)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU, or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        said in str(error) for said in ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )

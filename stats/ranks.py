@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +36,22 @@ class Ranks:
         """The first rank's value, on every rank."""
         return self.gather(value)[0]
 
+    def share(self, value: Tensor | None) -> list[Tensor]:
+        """Everybody's tensors, of any size, on the CPU, in the order of the ranks; on every rank. None: has none."""
+        if self.world == 1:
+            return [] if value is None else [value]
+        found = []
+        for rank, about in enumerate(self.gather(None if value is None else (tuple(value.shape), value.dtype))):
+            if about is None:
+                continue
+            part = torch.empty(about[0], dtype=about[1])
+            if rank == self.rank and value is not None:
+                part.copy_(value)
+            if part.numel():  # as bytes: some dtypes do not travel
+                dist.broadcast(part.view(-1).view(torch.uint8), group=self.group, group_src=rank)
+            found.append(part)
+        return found
+
     def sum(self, value: Tensor) -> Tensor:
         """On the first rank the sum of everybody's tensors, added in the order of the ranks; on others their own."""
         if self.world == 1:
@@ -50,6 +67,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+PATIENCE = timedelta(days=30)  # one rank may be done long before another
 
 
 def join() -> Ranks:
@@ -66,5 +84,6 @@ def join() -> Ranks:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     # of our own: objects travel by gloo whatever backend somebody else chose
-    group = dist.new_group(backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    group = dist.new_group(backend=backend, timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), group)

@@ -23,7 +23,8 @@ ROOMS = {  # room -> rooms that it may import
 # inside engine each may import what stands left of it
 ENGINE = (
     *("phases", "facts", "anatomy", "model", "outline", "hparams", "prompts", "passes", "streams", "statistics", "fit"),
-    *("suffix", "datasets", "keys", "values", "delta", "beside", "solve", "plan", "evaluation", "editors"),
+    *("suffix", "walk", "datasets", "keys", "value_groups", "value_steps", "value_store", "values", "delta", "beside"),
+    *("solve", "plan", "evaluation", "editors"),
     *("session", "experiment", "compat"),
 )
 

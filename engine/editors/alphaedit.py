@@ -5,6 +5,8 @@ corpus has next to nothing (eigenvalues of C below `nullspace_threshold`), K_p a
 edits, so that those stay as they are. C itself, and lambda, do not enter.
 """
 
+from dataclasses import replace
+
 from pydantic import Field
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def edit(job: Job) -> Outcome:
         return factors, info
 
     outcome = spreading.edit(job, solve)
-    return Outcome(outcome.update, outcome.facts, outcome.layers, grown)
+    return replace(outcome, state=grown)
 
 
 def forget(state: dict[int, KeySystem], facts: int) -> dict[int, KeySystem]:

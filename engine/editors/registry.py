@@ -4,12 +4,14 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ...kernels.errors import InputError
 from ...kernels.spd_solve import Factor, NullSpace
+from ...stats.ranks import ALONE, Ranks
 from ..delta import Factors
 from ..facts import Fact
 from ..hparams import Hparams
@@ -28,6 +30,8 @@ class Job:
     put: writes one weight's update provisionally and returns the share lost to rounding; kept only if the edit is whole
     state: what the method's last edit of this session left (`Outcome.state`), None before the first
     batch_size: facts whose values are optimised at once, None: from the free memory
+    cache: the folder that their values are kept in, None: nowhere
+    ranks: the processes that share the values; each does the rest by itself
     """
 
     model: Model
@@ -41,17 +45,20 @@ class Job:
     phases: Phases
     state: Any = None
     batch_size: int | None = None
+    cache: Path | None = None
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method did: the update of each weight, what the report says of each fact and each layer, and what the
-    next edit of the session builds on (`state`; undone with the edit)."""
+    """What a method did: the update of each weight, what the report says of each fact, each layer and the values, and
+    what the next edit of the session builds on (`state`; undone with the edit)."""
 
     update: dict[str, Factors]
     facts: list[dict[str, Any]]
     layers: list[dict[str, Any]]
     state: Any = None
+    values: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

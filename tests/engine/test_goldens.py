@@ -11,7 +11,7 @@ import rewire
 from rewire.engine.editors.registry import Job, find_method
 from rewire.engine.editors.spreading import spread
 from rewire.engine.hparams import load_hparams
-from rewire.engine.keys import measure_keys
+from rewire.engine.keys import KeyWalk
 from rewire.engine.phases import Phases
 from rewire.engine.prompts import PLAIN, subject_rows
 from rewire.engine.session import EditSession
@@ -43,8 +43,10 @@ def test_the_shipped_preset_is_the_golden_one(known: rewire.Model, golden: dict[
 
 def test_keys(known: rewire.Model, golden: dict[str, Any]) -> None:
     rows = subject_rows(known.tokenizer, golden["facts"], (PLAIN, *contexts(golden)), known.max_length)
-    for layer in hparams(known).layers:
-        assert relative(measure_keys(known, rows, layer), golden["tensors"][f"memit.keys.{layer}"]) < 1e-4
+    layers = hparams(known).layers
+    walk = KeyWalk(known, rows, layers)
+    for layer in layers:
+        assert relative(walk.measure(layer).K, golden["tensors"][f"memit.keys.{layer}"]) < 1e-4
 
 
 def test_values(known: rewire.Model, golden: dict[str, Any]) -> None:

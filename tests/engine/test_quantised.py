@@ -15,8 +15,8 @@ from torch import Tensor
 import rewire
 from rewire.engine.delta import Delta, EditedWeights, Factors
 from rewire.engine.model import demo_file, editable
-from rewire.engine.passes import read_at
-from rewire.engine.prompts import Row
+from rewire.engine.passes import blocks_until
+from rewire.engine.prompts import Row, pad
 from rewire.engine.streams import can_pack, stream_inputs
 from rewire.kernels.errors import InputError
 from weights import CONTEXTS, FAST
@@ -73,14 +73,14 @@ def distances(got: dict[str, Tensor], exact: dict[str, Tensor]) -> list[float]:
 
 
 def keys(model: rewire.Model) -> dict[str, Tensor]:
-    """Of two short documents, padded, packed, and at single positions."""
+    """Of two short documents, padded and packed, and what blocks give at a token."""
     names = [model.anatomy.layer_name(layer) for layer in LAYERS]
     rows = [np.arange(5, 24), np.arange(7, 12)]
     found: dict[str, Tensor] = {}
     for packed in (False, True):
         stream_inputs(model, rows, names, lambda name, X: found.update({f"{name} {packed}": X.clone()}), packed)  # noqa: B023
-    at = [Row(tuple(row.tolist()), position=3) for row in rows]
-    return found | {str(key): X for key, X in read_at(model, at, inputs=LAYERS, outputs=LAYERS).items()}
+    ids = pad([Row(tuple(row.tolist())) for row in rows], model.device)
+    return found | {f"block {layer}": blocks_until(model, ids, layer)[:, 3] for layer in LAYERS}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

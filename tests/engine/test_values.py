@@ -88,7 +88,7 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept(
         seen.append((args[5], len(args[0]) - len(args[2]), first))
         return target_nll(*args, first=first, **options)
 
-    monkeypatch.setattr("rewire.engine.values.target_nll", look)
+    monkeypatch.setattr("rewire.engine.value_steps.target_nll", look)
     found = optimise_values(demo, facts, CONTEXTS, quick())
     assert all(first.shape == (kl, demo.anatomy.d_model) for _, kl, first in seen)
     assert {facts for facts, *_ in seen} == {12}

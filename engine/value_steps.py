@@ -1,0 +1,174 @@
+"""One round of the optimisation: some facts, each at a step of its own, go on until most of them are done.
+
+Loss of a fact (MEMIT, arXiv 2210.07229, as published):
+  mean over rewriting rows of mean over label tokens of -log p
+  + kl_factor KL(p_now || p_first) at the subject's last token of "{} is a"
+  + v_weight_decay |delta| / |h0|^2
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.target_nll import target_nll
+from .hparams import Hparams
+from .model import Model
+from .value_groups import Group
+
+STOP_LOSS = 0.05
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+Table = dict[str, Tensor]  # columns of one length: a row for each fact
+
+
+def pick(table: Mapping[str, Tensor], rows: Sequence[int] | Tensor) -> Table:
+    index = torch.as_tensor(rows, dtype=torch.long)
+    return {name: column[index.to(column.device)] for name, column in table.items()}
+
+
+def stack(tables: Sequence[Mapping[str, Tensor]]) -> Table:
+    """One below the other."""
+    return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+
+
+def fresh(h0: Tensor, first: torch.dtype, forwards: int) -> Table:
+    """The state of facts that have not moved; everything that a round needs of one, but its rows.
+
+    delta, m, v: [n, d_model] float32, the variable and Adam's moments
+    h0: [n, d_model] float32, the z-layer's output at the subject on the plain prompt
+    first: [n, d_model], what the head reads at the KL row at delta = 0, in the model's dtype; from the first forward
+    step: [n] int64, updates made
+    first_nll: [n]; losses: [n, forwards] float32, NaN behind the last
+    """
+    facts, width = h0.shape
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(facts, *shape, dtype=dtype, device=h0.device)
+
+    return {
+        **{name: zeros(width) for name in ("delta", "m", "v")},
+        "h0": h0,
+        "first": zeros(width, dtype=first),
+        "step": zeros(dtype=torch.long),
+        "first_nll": zeros(),
+        "losses": zeros(forwards).fill_(torch.nan),
+    }
+
+
+def run_round(
+    model: Model,
+    groups: list[Group],
+    state: Table,
+    hparams: Hparams,
+    leave: int,
+    tick: Callable[[float], None],
+) -> tuple[Tensor, Table, Table]:
+    """Steps until at most `leave` facts still go: (done: [n] bool, what is known of each, the state of each).
+
+    Facts that are done leave at once, and never move again. What is known counts where a fact is done, the state where
+    it is not; `state` itself stays as it was. groups: of these facts; the list shrinks as they leave.
+    tick: called at each step with how many facts are done, those that go counting by their steps
+    """
+    delta, m, v, h0, step = (state[name] for name in ("delta", "m", "v", "h0", "step"))
+    first, losses, first_nll = state["first"].clone(), state["losses"].clone(), state["first_nll"]
+    radius = hparams.clamp_norm_factor * h0.norm(dim=1)
+    decay = hparams.v_weight_decay / h0.norm(dim=1) ** 2
+    last_nll = torch.zeros_like(first_nll)
+    going = torch.ones_like(step, dtype=torch.bool)
+    while True:
+        final = going & (step == hparams.v_num_grad_steps - 1)  # their last forward is only looked at
+        finals = bool(final.any())
+        nll, kl, gradient = torch.zeros_like(first_nll), torch.zeros_like(first_nll), torch.zeros_like(delta)
+        for number, group in enumerate(groups):
+            groups[number] = group = group.only(going)
+            if finals:
+                looked = group.only(final)
+                _add_loss(model, looked, delta, step == 0, first, hparams.kl_factor, nll, kl, None)
+                groups[number] = group = group.only(~final)
+            _add_loss(model, group, delta, step == 0, first, hparams.kl_factor, nll, kl, gradient)
+        groups[:] = [group for group in groups if len(group.fact)]
+        norm = delta.norm(dim=1)
+        loss = nll + hparams.kl_factor * kl + decay * norm
+        first_nll = torch.where(step == 0, nll, first_nll)
+        last_nll = torch.where(going, nll, last_nll)
+        row = torch.arange(len(step), device=step.device)
+        losses[row, step] = torch.where(going, loss, losses[row, step])
+        going = going & (loss >= STOP_LOSS) & ~final  # false for NaN too
+        # |delta| has subgradient 0 at 0
+        gradient = gradient + decay[:, None] * (delta / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None])
+        moved_m, moved_v = BETA1 * m + (1 - BETA1) * gradient, BETA2 * v + (1 - BETA2) * gradient**2
+        moved = adam(delta, moved_m, moved_v, step + 1, hparams.v_lr)
+        norm = moved.norm(dim=1)
+        moved = torch.where((norm > radius)[:, None], moved * (radius / norm)[:, None], moved)
+        delta, m, v = (
+            torch.where(going[:, None], new, old) for new, old in ((moved, delta), (moved_m, m), (moved_v, v))
+        )
+        step = step + going
+        done = torch.where(going, step / hparams.v_num_grad_steps, torch.ones_like(nll))
+        tick(float(done.sum()))
+        if int(going.sum()) <= leave:
+            break
+    known = {
+        "Z": h0 + delta,
+        "h0": h0,
+        "first_nll": first_nll,
+        "last_nll": last_nll,
+        "loss": losses[row, step],
+        "steps": step,
+        "losses": losses,
+    }
+    now = {"delta": delta, "m": m, "v": v, "h0": h0, "first": first, "step": step}
+    return ~going, known, now | {"first_nll": first_nll, "losses": losses}
+
+
+def adam(delta: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: float) -> Tensor:
+    """delta behind an update; step: [n], the number of this update of each fact, from 1."""
+    # in float64, as one fact's own numbers are
+    share = step.double()[:, None]
+    rate, scale = lr / (1 - BETA1**share), 1 - BETA2**share
+    return delta - rate.to(delta.dtype) * m / ((v / scale.to(v.dtype)).sqrt() + EPS)
+
+
+def _add_loss(
+    model: Model,
+    group: Group,
+    delta: Tensor,
+    new: Tensor,
+    first: Tensor,
+    kl_factor: float,
+    nll: Tensor,
+    kl: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """Adds the group's part of each fact's nll and KL and, where there is one, of the gradient of their weighted sum.
+
+    new: [facts] bool, those at delta = 0, whose `first` is found here
+    """
+    if not len(group.fact):
+        return
+    weight, bias, softcap = model.head_parts()
+    with torch.set_grad_enabled(gradient is not None):
+        moved = delta.detach().requires_grad_(gradient is not None)
+        read_row = torch.cat([group.label_row, group.kl_row])
+        read_position = torch.cat([group.label_at, group.suffix.start[group.kl_row]])
+        hidden = group.suffix(moved, group.fact, (read_row, read_position)).to(weight.device)
+        asked = group.fact[group.kl_row]
+        at_first = hidden[len(group.label) :].detach().to(first.device)
+        first[asked] = torch.where(new[asked][:, None], at_first, first[asked])
+        of_nll, of_kl = target_nll(
+            hidden,
+            weight,
+            group.label.to(weight.device),
+            group.fact[read_row].to(weight.device),
+            torch.cat([group.label_weight, torch.ones_like(group.kl_row, dtype=torch.float32)]).to(weight.device),
+            len(delta),
+            first=first[asked].to(weight.device, hidden.dtype),
+            bias=bias,
+            softcap=softcap,
+        )
+        if gradient is not None:
+            (found,) = torch.autograd.grad(of_nll.sum() + kl_factor * of_kl.sum(), moved)
+            gradient += found
+    nll += of_nll.detach().to(nll.device)
+    kl += of_kl.detach().to(kl.device)

@@ -1,0 +1,191 @@
+"""Target values on disk, as they come: what an interrupted run has done is not done again.
+
+A folder belongs to everything that a value depends on beside its fact: weights, contexts, hyper-parameters, z-layer,
+dtype, tokenizer. Each round leaves one file with the facts that it finished and the state of those that still go, each
+under its own key; a run that ends well makes one file of them.
+"""
+
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..stats.cache import write_whole
+from ..stats.tokens import tokenizer_digest
+from .facts import Fact
+from .hparams import Hparams
+from .model import Model
+from .statistics import encode
+from .value_steps import Table, pick, stack
+
+log = logging.getLogger("rewire")
+
+FORMAT = 1  # of the files, and of how values are found: another one is another folder
+ENTERS = ("fact_token", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor")
+DONE, STATE = "done", "state"
+_ROUND, _WHOLE = "round", "values"  # how names of files begin
+_BROKEN = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
+
+
+def fact_key(fact: Fact) -> str:
+    """24 hex digits over what is asked for; two facts that ask for the same have one value."""
+    content = json.dumps([fact.prompt, fact.subject, fact.target_new], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def value_folder(model: Model, contexts: Sequence[str], hparams: Hparams) -> str:
+    """Name of the folder of values of this model as it is now: 24 hex digits over everything but the fact."""
+    content = {
+        "format": FORMAT,
+        "weights": weights_digest(model),
+        "contexts": list(contexts),
+        "hparams": {name: getattr(hparams, name) for name in ENTERS},
+        "z_layer": hparams.layers[-1],
+        "dtype": str(next(model.hf.parameters()).dtype),
+        "tokenizer": tokenizer_digest(lambda texts: encode(model, texts)),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def weights_digest(model: Model) -> str:
+    """Over all weights as they are now, every number of them: earlier edits, and what anybody else changed, count.
+
+    Of each row the XOR of its numbers' bits, which a machine finds as fast as it reads; the fingerprint's samples tell
+    what cancels out (a sign that changes everywhere).
+    """
+    parts = hashlib.sha256(model.fingerprint.encode())
+    for name, weight in sorted(model.hf.named_parameters()):
+        parts.update(f"{name}:{tuple(weight.shape)}".encode())
+        if weight.ndim and not weight.is_meta:  # one that accelerate keeps elsewhere is not there to be read
+            rows = torch.hash_tensor(weight.detach(), dim=weight.ndim - 1)
+            parts.update(rows.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return parts.hexdigest()
+
+
+class ValueStore:
+    """The files of one folder.
+
+    width: d_model; forwards: of a fact at most: files that say otherwise are broken
+    A file that is broken is named in a warning and left alone; where the folder cannot be written to, that is said once
+    and nothing more is written.
+    """
+
+    def __init__(self, folder: Path, width: int, forwards: int) -> None:
+        self.folder = folder
+        self.width, self.forwards = width, forwards
+        self.writable = True
+        self.broken: set[Path] = set()
+
+    def read(self, keys: Sequence[str]) -> tuple[dict[str, Table], dict[str, Table]]:
+        """Of these facts, those that are done: key -> what is known (a row), and those with a state: the furthest."""
+        wanted = set(keys)
+        done: dict[str, Table] = {}
+        states: dict[str, Table] = {}
+        for path in self._files(_ROUND, _WHOLE):
+            for part, key, row in self._rows(path, wanted):
+                if part == DONE:
+                    done.setdefault(key, row)
+                elif key not in states or int(row["step"]) > int(states[key]["step"]):
+                    states[key] = row
+        return done, {key: row for key, row in states.items() if key not in done}
+
+    def add(self, done: tuple[Sequence[str], Table], states: tuple[Sequence[str], Table]) -> None:
+        """A round's file: facts that are done, and the states of those that still go, each (keys, a row a key)."""
+        self._write(_ROUND, {DONE: done, STATE: states})
+
+    def merge(self) -> None:
+        """One file of all rounds' files that can be read; done when a run is through."""
+        paths = self._files(_ROUND)
+        if len(paths) < 2 or not self.writable:
+            return
+        found: dict[str, dict[str, Table]] = {DONE: {}, STATE: {}}
+        read = []
+        for path in paths:
+            rows = self._rows(path, None)
+            if rows:
+                read.append(path)
+            for part, key, row in rows:
+                known = found[part].get(key)
+                if known is None or (part == STATE and int(row["step"]) > int(known["step"])):
+                    found[part][key] = row
+        found[STATE] = {key: row for key, row in found[STATE].items() if key not in found[DONE]}
+        parts = {part: (list(rows), stack(list(rows.values()))) for part, rows in found.items() if rows}
+        if len(read) > 1 and self._write(_WHOLE, parts):
+            for path in read:
+                path.unlink(missing_ok=True)
+
+    def _files(self, *kinds: str) -> list[Path]:
+        return sorted(path for kind in kinds for path in self.folder.glob(f"{kind}-*.safetensors"))
+
+    def _write(self, kind: str, parts: Mapping[str, tuple[Sequence[str], Table]]) -> bool:
+        parts = {part: (keys, table) for part, (keys, table) in parts.items() if keys}
+        if not self.writable or not parts:
+            return False
+        tensors = {
+            f"{part}/{name}": column.cpu().contiguous()
+            for part, (_, table) in parts.items()
+            for name, column in table.items()
+        }
+        about = {"format": str(FORMAT), "keys": json.dumps({part: list(keys) for part, (keys, _) in parts.items()})}
+        content = save(tensors, about)
+        path = self.folder / f"{kind}-{secrets.token_hex(8)}.safetensors"
+        try:
+            write_whole(path, lambda file: file.write(content))
+        except OSError as error:
+            self.writable = False
+            why = error.strerror or error
+            log.warning("%s: cannot be written to (%s): values are not kept; set REWIRE_CACHE", self.folder, why)
+            return False
+        return True
+
+    def _rows(self, path: Path, wanted: set[str] | None) -> list[tuple[str, str, Table]]:
+        """(part, key, row) of the wanted facts in a file, None: of all; nothing of one that is broken or gone."""
+        try:
+            with safe_open(path, "pt") as file:
+                about: dict[str, Any] = file.metadata() or {}
+                keys: dict[str, list[str]] = json.loads(about["keys"])
+                held = {
+                    part: [i for i, key in enumerate(of) if wanted is None or key in wanted]
+                    for part, of in keys.items()
+                }
+                names = {part: [name for name in file.keys() if name.startswith(f"{part}/")] for part in keys}  # noqa: SIM118
+                found = []
+                for part, chosen in held.items():
+                    if not chosen:
+                        continue
+                    table = {name.partition("/")[2]: file.get_tensor(name) for name in names[part]}
+                    self._check(part, table, len(keys[part]))
+                    found += [(part, keys[part][i], pick(table, [i])) for i in chosen]
+                return found
+        except FileNotFoundError:  # another run has merged it meanwhile
+            return []
+        except _BROKEN as error:
+            if path not in self.broken:
+                log.warning("%s: broken (%s); it is ignored", path, " ".join(str(error).split())[:120])
+            self.broken.add(path)
+            return []
+
+    def _check(self, part: str, table: Table, rows: int) -> None:
+        """Raises `ValueError` or `KeyError` where a part is not what this version writes."""
+        wide = {DONE: ("Z", "h0"), STATE: ("delta", "m", "v", "h0", "first")}[part]
+        numbers = {DONE: ("first_nll", "last_nll", "loss", "steps"), STATE: ("first_nll", "step")}[part]
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(wide, (rows, self.width))
+        shapes |= dict.fromkeys(numbers, (rows,)) | {"losses": (rows, self.forwards)}
+        for name, shape in shapes.items():
+            if tuple(table[name].shape) != shape:
+                raise ValueError(f"{part}/{name} is {tuple(table[name].shape)}, expected {shape}")
+        for name in wide:
+            _finite(part, name, table[name])
+
+
+def _finite(part: str, name: str, column: Tensor) -> None:
+    if not torch.isfinite(column).all():
+        raise ValueError(f"{part}/{name} holds NaN or infinity")
