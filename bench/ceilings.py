@@ -61,7 +61,7 @@ class Ceilings:
     def floor(self, cost: Cost, dtype: torch.dtype, device: torch.device) -> float | None:
         """Seconds that nothing falls below which multiplies at that dtype's rate and copies at that of memory."""
         rate = self.products.get(dtype, 0.0)
-        if device.type == "cpu":  # where 16-bit products are slow, converting first is faster
+        if device.type == "cpu" and dtype.itemsize == 2:  # where 16-bit products are slow, converting first is faster
             rate = max(rate, self.products.get(torch.float32, 0.0))
         if not rate or not self.copy > 0:
             return None

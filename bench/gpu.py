@@ -1,44 +1,44 @@
 """`rewire bench gpu`: one command for a machine with a GPU. Gates C, ceilings, all kernels at real shapes, statistics,
-tuning.
+values, tuning.
 
-Needs torch, Triton and NumPy only (statistics also transformers): ``python -m rewire.bench.gpu --out DIR``. What was
-done is on disk after every section; what did not fit the budget is listed.
+Needs torch, Triton and NumPy only (statistics and values also transformers): ``python -m rewire.bench.gpu --out DIR``.
+What was done is on disk after every section; what did not fit the budget is listed.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from ..kernels import registry
 from ..kernels.errors import InputError
 from ..kernels.tuned import device_name
 from . import table
 from .ceilings import LARGE, TINY, Ceilings, ceilings_of, measure_factors, measure_products, reason_of
 from .check import Shape, Subject
+from .configurations import forced, tunable
 from .gpu_report import markdown
 from .gpu_statistics import LLAMA3_8B, measure_statistics
 from .gpu_statistics import TINY as TINY_LLAMA
+from .gpu_values import LARGE as LARGE_VALUES
+from .gpu_values import LATE, measure_values
+from .gpu_values import TINY as TINY_VALUES
 from .kernels import OURS, Bench, Listener, choose, drawn, gate, groups_of, silent, sorted_out, words
 from .operations import subjects
 from .table import Row
-from .targets import judge, judge_statistics
+from .targets import judge, judge_statistics, judge_values
 from .timing import measure, rotation
 
 BUDGET = 540.0  # seconds: inside ten minutes with the start of the program
 # until what share of the budget a section may begin something new; what it leaves falls to the next
-UNTIL = {"gates": 0.35, "ceilings": 0.5, "kernels": 0.8, "statistics": 0.85, "tuning": 1.0}
-LATE = "not measured (budget)"
-STATISTICS = "statistics"  # in `only`
+UNTIL = {"gates": 0.25, "ceilings": 0.35, "kernels": 0.55, "statistics": 0.6, "values": 0.8, "tuning": 1.0}
+STATISTICS, VALUES = "statistics", "values"  # in `only`
 
 
 @dataclass
@@ -67,7 +67,7 @@ def bench_gpu(
 
     out: folder for gpu.json, gpu.md, kernels.csv and tuned.json, all renamed into place after every section
     budget: seconds; nothing new is begun after that
-    only: names of operations, or "statistics"; default: all
+    only: names of operations, "statistics" or "values"; default: all
     rehearse: walk all of it on the CPU, at small shapes: figures of a rehearsal say nothing about a GPU
     found: instead of the registered subjects
 
@@ -83,15 +83,15 @@ def bench_gpu(
         )
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: a file; expected a folder, or a new name")
-    names = [name for name in only if name != STATISTICS]
+    names = [name for name in only if name not in (STATISTICS, VALUES)]
     chosen = choose(subjects() if found is None else found, names) if names or not only else []
     if rehearse:
         chosen = [replace(subject, small=subject.odd[:2]) for subject in chosen]
     device = torch.device("cpu" if rehearse else "cuda")
     run = Run(out, device, chosen, clock, rehearse, listener)
-    sections = [run.gates, run.ceilings, run.kernels, run.tuning]
-    if STATISTICS in only or (not only and found is None):
-        sections.insert(3, run.statistics)
+    models = {STATISTICS: run.statistics, VALUES: run.values}
+    wanted = [models[name] for name in models if name in only or (not only and found is None)]
+    sections = [run.gates, run.ceilings, run.kernels, *wanted, run.tuning]
     for section in sections:
         try:
             section()
@@ -124,6 +124,7 @@ class Run:
     ) -> None:
         self.out, self.device, self.chosen, self.clock, self.listener = out, device, chosen, clock, listener
         self.sizes, self.load = (TINY, TINY_LLAMA) if rehearse else (LARGE, LLAMA3_8B)
+        self.loads = TINY_VALUES if rehearse else LARGE_VALUES
         seconds, cache = (0.02, 2**20) if rehearse else (0.2, None)
         self.bench = Bench(device, Ceilings(), seconds, cache)
         self.rows: list[Row] = []
@@ -140,6 +141,7 @@ class Run:
             "wrong": [],
             "targets": [],
             "statistics": None,
+            "values": [],
             "tuning": [],
             "tuned": {},
         }
@@ -151,7 +153,8 @@ class Run:
         if any(gate["result"] == "wrong" for gate in self.report["gates"]):
             self.report["check"] = "failed"
         targets = judge(self.rows, [subject.name for subject in self.chosen])
-        self.report["targets"] = targets + judge_statistics(self.report["statistics"])
+        targets += judge_statistics(self.report["statistics"]) + judge_values(self.report["values"])
+        self.report["targets"] = targets
         table.write_text(self.out / "gpu.json", json.dumps(self.report, indent=1) + "\n")
         table.write_text(self.out / "gpu.md", markdown(self.report))
         table.write_text(self.out / "tuned.json", json.dumps(self.report["tuned"], indent=1) + "\n")
@@ -190,6 +193,8 @@ class Run:
         self.bench.ceilings = ceilings_of(products)
         self.report["ceilings"] = products
         self._alive()
+        if not self.chosen:
+            return
         left = self.clock.budget - self.clock.passed()
         sizes = replace(self.sizes, patience=min(self.sizes.patience, max(0.0, left / 10)))
         factors = measure_factors(sizes, self.device, lambda: LATE if self.clock.late("ceilings") else "")
@@ -227,10 +232,22 @@ class Run:
         self._alive()
         self.listener("statistics", 1, 1)
 
+    def values(self) -> None:
+        """Target values of many facts in large models."""
+        for number, load in enumerate(self.loads):
+            self.listener("values", number, len(self.loads))
+            row = measure_values(load, self.device, self.bench.ceilings, lambda: self.clock.late("values"))
+            self.report["values"].append(row)
+            if row["status"] == "wrong":
+                self.report["check"] = "failed"
+            self._alive()
+            self.save()
+        self.listener("values", len(self.loads), len(self.loads))
+
     def tuning(self) -> None:
         """Every configuration that a kernel may pick, right on the odd shapes first, then timed beside the others."""
         groups = [
-            (*group, module) for group in groups_of(self.chosen, (), self.device) if (module := _tunable(group[0]))
+            (*group, module) for group in groups_of(self.chosen, (), self.device) if (module := tunable(group[0]))
         ]
         for number, (subject, shape, dtype, module) in enumerate(groups):
             self.listener("tuning", number, len(groups))
@@ -319,41 +336,6 @@ class Run:
             torch.cuda.synchronize()
 
 
-@contextmanager
-def forced(module: ModuleType, index: int) -> Iterator[dict[tuple[str, str], tuple[Any, ...]]]:
-    """Inside, a kernel module takes the index-th configuration of a list (the last of a shorter one).
-
-    Yields what it was asked for: (operation, key) -> the configurations that can serve it.
-    """
-    asked: dict[tuple[str, str], tuple[Any, ...]] = {}
-    own = module.pick
-
-    def pick(operation: str, key: str, configs: Sequence[Any]) -> Any:
-        asked[operation, key] = tuple(configs)
-        return configs[min(index, len(configs) - 1)]
-
-    module.pick = pick  # type: ignore[attr-defined]
-    try:
-        yield asked
-    finally:
-        module.pick = own  # type: ignore[attr-defined]
-
-
-def _tunable(subject: Subject) -> ModuleType | None:
-    """The kernel module of an operation if it picks its configurations from a table."""
-    if "triton" not in subject.operation.implementations:
-        return None
-    for folder, names in registry.FOLDERS.items():
-        room = import_module(f"..kernels.{folder}", __package__)
-        if any(getattr(room, name) is subject.operation for name in names):
-            try:
-                module = import_module(f"..kernels.{folder}.kernel", __package__)
-            except ImportError:  # Triton is missing
-                return None
-            return module if hasattr(module, "pick") else None
-    return None
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -376,12 +358,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done; 1 something is wrong or broken; 2 wrong input."""
     parser = argparse.ArgumentParser(
         prog="python -m rewire.bench.gpu",
-        description="Gates C, ceilings, kernels, statistics and tuning on a GPU.",
+        description="Gates C, ceilings, kernels, statistics, values and tuning on a GPU.",
         epilog="Example: python -m rewire.bench.gpu --out gpu-report",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, gpu.md, kernels.csv, tuned.json")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds (default: %(default)s)")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="one operation, or statistics")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="one operation, statistics or values"
+    )
     parser.add_argument("--rehearse", action="store_true", help="walk all of it on the CPU at small shapes")
     options = parser.parse_args(arguments)
     try:

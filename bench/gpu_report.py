@@ -22,7 +22,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
     ]
     lines += _gates(report["gates"]) + _ceilings(report["ceilings"]) + _targets(report["targets"])
-    lines += _rows(report["rows"]) + _statistics(report["statistics"])
+    lines += _rows(report["rows"]) + _statistics(report["statistics"]) + _values(report["values"])
     lines += _tuning(report["tuning"]) + _missing(report)
     return "\n".join(lines)
 
@@ -95,6 +95,27 @@ def _statistics(row: Mapping[str, Any] | None) -> list[str]:
         *(f"seconds for {row['projected_tokens'] / 1e6:.0f} M tokens (projected)", "peak GiB"),
     )
     return ["## Statistics", "", *_table(head, [cells])]
+
+
+def _values(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = []
+    for row in rows:
+        if row["status"] != "measured":
+            cells.append((row["config"], _shape(row["shape"]), *[""] * 7, f"{row['status']}: {row['note']}"))
+            continue
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+        cells.append(
+            (
+                row["config"], _shape(row["shape"]), f"{row['steps']:.1f}", f"{row['seconds']:.3g}",
+                _number(row["facts_per_second"]), _number(row["floor_fraction"]),
+                f"{row['baseline_seconds_per_fact']:.3g}", _number(row["ratio"]), peak, "",
+            )
+        )  # fmt: skip
+    head = (
+        *("random weights, bfloat16", "shape", "updates made", "seconds", "facts/s", "of the floor"),
+        *("serial, seconds a fact", "times serial", "peak GiB", ""),
+    )
+    return ["## Values", "", *_table(head, cells)] if cells else []
 
 
 def _tuning(entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Pictures of a benchmark CSV, from the CSV only."""
+"""Pictures: of a benchmark CSV, from the CSV only; of an edit's phases, from `throughput.json` only."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,7 @@ def plot(csv: Path, out: Path) -> list[Path]:
     rows = [row for row in table.read(csv) if row["status"] == "measured" and row["ratio"] is not None]
     if not rows:
         raise InputError(f"{csv}: no measured row in it; expected figures of `rewire bench kernels --csv`")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("matplotlib is not installed; pip install 'rewire[plot]'") from None
+    Figure = _figure()
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for device in dict.fromkeys(row["device"] for row in rows):
@@ -70,9 +67,52 @@ def _bars(figure: Any, rows: Sequence[Row], column: str, axis: str, device: str,
     axes.set_xlabel(axis)
     axes.set_title(device)
     axes.legend(fontsize=7)
+    _save(picture, path)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("matplotlib is not installed; pip install 'rewire[plot]'") from None
+    return Figure
+
+
+def _save(picture: Any, path: Path) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     picture.savefig(part, dpi=120, format="png")
     part.replace(path)
+
+
+def plot_throughput(report: Mapping[str, Any], path: Path) -> None:
+    """Stacked bars of the seconds that a fact takes, phase by phase: ours, the serial baseline's, the floor's.
+
+    report: as `bench_throughput` gives it, its check passed. Raises InputError: matplotlib is missing.
+    """
+    picture = _figure()(figsize=(8, 5), layout="constrained")
+    phases = [phase for phase in report["phases"] if "seconds" in phase and phase["name"] != "evaluate"]
+    sides = [("Rewire", "seconds"), ("serial baseline", "serial_seconds")]
+    if all(phase.get("floor_seconds", 0) is not None for phase in phases):
+        sides.append(("floor", "floor_seconds"))
+    axes = picture.add_subplot()
+    bottoms = [0.0] * len(sides)
+    for number, phase in enumerate(phases):
+        heights = [phase.get(key, 0.0) / report["facts"] for _, key in sides]
+        axes.bar([name for name, _ in sides], heights, 0.6, bottoms, label=phase["name"], color=f"C{number}")
+        bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
+    ratio = next(row["ratio"] for row in report["rows"] if row["name"] == "edit")
+    for number, total in enumerate(bottoms):
+        axes.text(
+            number, total, f"{total:.3g} s" + (f"\n{ratio:.1f} times" if number == 0 else ""), ha="center", va="bottom"
+        )
+    axes.margins(y=0.15)
+    axes.set_ylabel("seconds per fact")
+    about = f"{report['facts']} facts, layers {report['layers']}, {report['rows'][0]['dtype']}"
+    axes.set_title(f"{report['model']}: {about}\n{report['about']['device']}", fontsize=9)
+    axes.legend(fontsize=8)
+    _save(picture, path)
 
 
 def _label(row: Row) -> str:

@@ -1,18 +1,13 @@
 """Second moments in one pass against the published structure, over the same documents, in one run, checked first."""
 
-import contextlib
 import copy
-import ctypes
-import gc
 import math
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
@@ -31,13 +26,13 @@ from .about import device_name
 from .ceilings import Ceilings, quick
 from .serial_stats import published_moments
 from .timing import peak_bytes, single
+from .watch import hand_back, held_bytes, most_held
 
 REPEATS = 3  # of everything, in turn
 LONGEST = 1024  # tokens of a document, at most, on both sides
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of what `differences` finds
 RANDOM = "a GPT-2-small shape with random weights"
 RANDOM_LAYERS = (3, 4, 5)
-LOOK = 1e-3  # seconds between two looks at the resident memory
 
 
 class Tokenised(TokenRows):
@@ -232,28 +227,12 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int:
     """
     if device.type == "cuda":
         return peak_bytes(call, device)
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # of glibc
-        ctypes.CDLL(None).malloc_trim(0)
-    memory = psutil.Process().memory_info
-    before = most = memory().rss
-    over = threading.Event()
-
-    def look() -> None:
-        nonlocal most
-        while not over.wait(LOOK):
-            most = max(most, memory().rss)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
+    hand_back()
+    before = held_bytes(device)
+    with most_held(device) as most:
         kept = call()
-        most = max(most, memory().rss)
-        del kept
-    finally:
-        over.set()
-        thread.join()
-    return most - before
+    del kept
+    return most() - before
 
 
 def _until(rows: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:

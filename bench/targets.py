@@ -78,6 +78,22 @@ def judge_statistics(row: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [entry | {"bound": f"at least {FRACTION:g}", "result": result, "found": found}]
 
 
+VALUES = {"facts": 1000, "steps": 25}  # Llama-3-8B and GPT-J-6B in bfloat16
+FACTS_PER_SECOND = 16
+
+
+def judge_values(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of the values section's rows: facts a second."""
+    found = []
+    for row in rows:
+        fits = row["shape"] == VALUES and row["status"] == "measured"
+        rate = row["facts_per_second"] if fits else None
+        result = "not measured" if rate is None else "met" if rate >= FACTS_PER_SECOND else "missed"
+        entry = {"name": f"values, {row['config']}", "target": "facts a second", "dtype": "bfloat16", "shape": VALUES}
+        found.append(entry | {"bound": f"at least {FACTS_PER_SECOND:g}", "result": result, "found": rate})
+    return found
+
+
 def judge(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
     """One entry a target and shape of the operations in `names`: "met", "missed", or "not measured"."""
     found = []

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from . import common
@@ -19,46 +18,66 @@ def group() -> None:
     """Profile throughput, each figure with its correctness check in the same run."""
 
 
-@bench.command("values")
-def values(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Model directory or hub id.")] = "demo",
-    facts: Annotated[Path | None, typer.Argument(metavar="[FACTS]", help="Facts; default: the demo's.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Facts to optimise.")] = 64,
-    preset: common.Preset = None,
-    settings: common.Settings = None,
-    contexts: common.Contexts = None,
-    batch_size: common.BatchSize = None,
-    seed: common.Seed = 0,
+@bench.command("throughput")
+def throughput(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Model directory or hub id; default: --config.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="memit: the serial baseline is MEMIT's.")] = "memit",
+    facts: Annotated[int, typer.Option("--facts", min=1, help="How many.")] = 64,
+    config: Annotated[
+        str | None, typer.Option(help="Random weights in a published shape: gpt2 (default), gpt2-xl, gpt-j-6b, ...")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Facts; default: made from the demo's.")] = None,
+    serial: Annotated[int, typer.Option(min=1, help="Of them, through the serial baseline.")] = 8,
+    steps: Annotated[int | None, typer.Option(min=2, help="Most steps of a value; default: the preset's.")] = None,
+    batch_size: common.BatchSize = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of both sides.")] = "float32",
     device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for throughput.json and throughput.png.")] = None,
     json: common.Json = False,
 ) -> None:
-    """Batched value optimisation against the serial one, checked fact by fact.
+    """A whole edit by phases, against its floors and, on a sample of the facts, the serial baseline, checked first.
 
-    Example: rewire bench values gpt2-xl facts.jsonl --limit 64
+    Example: rewire bench throughput gpt2-xl --facts 64 --out profile
     """
-    from ..bench.values import bench_values
+    from ..bench.about import find_dtype
+    from ..bench.compare import BOUNDS
+    from ..bench.shapes import CONTEXTS, made_facts, shaped_hparams, shaped_model
+    from ..bench.throughput import bench_throughput, save
     from ..engine.datasets import read_facts
     from ..engine.editors.registry import find_method
-    from ..engine.hparams import load_hparams, parse_overrides
-    from ..engine.model import demo_file
-    from ..engine.passes import sample_contexts
-    from ..engine.prompts import read_contexts
+    from ..engine.hparams import Hparams, load_hparams
+    from ..engine.model import pick_device
+    from ..kernels.errors import InputError
 
-    wanted = read_facts(facts or demo_file("facts.jsonl"), limit)
-    loaded = common.load(model, dtype, device)
-    kind = find_method("memit").hparams
-    hparams, _ = load_hparams(kind, "memit", loaded.name, loaded.anatomy, preset, parse_overrides(settings or []))
-    templates = sample_contexts(loaded, seed) if contexts is None else read_contexts(contexts)
-    with common.bars() as listener:
-        result = bench_values(
-            loaded, wanted, templates, hparams, batch_size, lambda done, total: listener("serial", done, total)
-        )
-    if json:
-        common.print_json(result)
+    if find_method(method).name != "memit":
+        raise InputError(f"--method {method}: expected memit: the serial baseline is MEMIT's")
+    if model is not None and config is not None:
+        raise InputError(f"MODEL {model} and --config {config}: expected one of them")
+    kind = find_dtype(dtype)
+    if kind not in BOUNDS:
+        raise InputError(f"--dtype {dtype}: expected float32 or bfloat16")
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: a file; expected a folder, or a new name")
+    at_once = common.batch_size(batch_size)
+    asked = made_facts(facts) if data is None else read_facts(data, facts)
+    settings = {} if steps is None else {"v_num_grad_steps": steps}
+    if model is None:
+        loaded = shaped_model(config or "gpt2", pick_device(device), kind)
+        hparams = shaped_hparams(config or "gpt2", loaded, settings)
     else:
-        _table(result)
-    if result["check"] != "passed":
+        loaded = common.load(model, dtype, device)
+        hparams, _ = load_hparams(Hparams, "memit", loaded.name, loaded.anatomy, None, settings)
+    with common.bars() as listener:
+        report = bench_throughput(loaded, asked, CONTEXTS, hparams, serial, at_once, listener=listener)
+    if out is not None:
+        save(report, out)
+    if json:
+        common.print_json(report)
+    else:
+        _throughput_table(report)
+    if report["check"] != "passed":
         raise typer.Exit(1)
 
 
@@ -181,7 +200,7 @@ def gpu(
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Walk all of it on the CPU, at small shapes.")] = False,
     json: common.Json = False,
 ) -> None:
-    """On a GPU: gates C, the chip's ceilings, all kernels at real shapes, statistics, tuning; inside ten minutes.
+    """On a GPU: gates C, the chip's ceilings, kernels at real shapes, statistics, values, tuning; inside ten minutes.
 
     Example: rewire bench gpu --out gpu-report
     """
@@ -257,17 +276,39 @@ def _statistics_table(result: dict[str, Any]) -> None:
         print("this processor has no bfloat16 instructions: they are computed by way of float32")
 
 
-def _table(result: dict[str, object]) -> None:
-    console = Console()
-    console.print(f"check {result['check']}: worst relative difference of a value {result['worst']:.1e}")
-    if result["near_ties"]:
-        console.print(f"not compared, their loss is a near-tie with the stop: {result['near_ties']}")
-    rows = result["rows"]
-    assert isinstance(rows, list)
-    table = Table("name", "dtype", "shape", "seconds", "serial", "ratio", "peak MiB")
-    for row in rows:
+def _throughput_table(report: dict[str, Any]) -> None:
+    console = common.console()
+    console.print(f"{report['about']['device']}, {report['model']}: check {report['check']}", highlight=False)
+    for name, error in report["errors"].items():
+        print(f"{name}: furthest from the serial baseline by {'NaN' if error is None else format(error, '.1e')}")
+    if report["near_ties"]:
+        print(f"not compared, their loss is a near-tie with the stop: {', '.join(report['near_ties'])}")
+    if report["check"] != "passed":
+        return
+    print(f"{report['facts']} facts, {report['steps']:.1f} steps each, layers {report['layers']}")
+    table = Table("phase", "seconds", "TFLOP", "counted", "GB", "floor, s", "of the floor", "peak MiB", "serial, s", "")
+    for row in report["phases"]:
+        if "flops" not in row:
+            given = "given: " if row["status"] == "given" else ""
+            table.add_row(row["name"], _figure(row.get("seconds")), *["-"] * 7, given + row["note"])
+            continue
+        figures = (
+            f"{row['seconds']:.3g}", f"{row['flops'] / 1e12:.3g}", _figure(row["counted_flops_ratio"]),
+            f"{row['bytes'] / 1e9:.3g}", _figure(row["floor_seconds"]), _figure(row["floor_fraction"]),
+            f"{row['peak_bytes'] / 2**20:.0f}", _figure(row["serial_seconds"]),
+        )  # fmt: skip
+        table.add_row(row["name"], *figures, "")
+    console.print(table)
+    table = Table(
+        "", "facts/s", "seconds", f"serial, s (from {report['serial_facts']} facts)", "ratio", "by FLOPs", "peak MiB"
+    )
+    for row in report["rows"]:
         table.add_row(
-            row["name"], row["dtype"], str(row["shape"]), f"{row['seconds']:.2f}", f"{row['baseline_seconds']:.2f}",
-            f"{row['ratio']:.2f}", f"{row['peak_bytes'] / 2**20:.0f}",
+            row["name"], f"{row['facts_per_second']:.3g}", f"{row['seconds']:.3g}", f"{row['baseline_seconds']:.3g}",
+            f"{row['ratio']:.2f}", _figure(row["flops_ratio"]), f"{row['peak_bytes'] / 2**20:.0f}",
         )  # fmt: skip
     console.print(table)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

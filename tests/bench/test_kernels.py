@@ -711,7 +711,7 @@ def test_tuning_takes_the_fastest_that_is_right(tmp_path: Path, monkeypatch: pyt
             x.sum()
         return double(x) + (config == configs[2])
 
-    monkeypatch.setattr(gpu, "_tunable", lambda subject: module)
+    monkeypatch.setattr(gpu, "tunable", lambda subject: module)
     report = rehearse(tmp_path, subject(triton_=kernel, odd=({"n": 900}, {"n": 0}, {"n": 7})))
     assert module.pick is tuned.pick
     entry = report["tuning"][0]
@@ -741,10 +741,10 @@ def test_kernels_that_pick_are_found() -> None:
     from rewire.bench.operations import subjects
 
     there = {each.name: each for each in subjects()}
-    module = gpu._tunable(there["gram_"])
+    module = gpu.tunable(there["gram_"])
     assert module is not None
     assert module.__name__ == "rewire.kernels.gram.kernel"
-    assert gpu._tunable(subject()) is None
+    assert gpu.tunable(subject()) is None
 
 
 @pytest.mark.interpreter

@@ -1,16 +1,19 @@
-"""`rewire bench kernels`, `gpu` and `plot` through the entry point."""
+"""`rewire bench` through the entry point."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from commands import Command, complaint
-from rewire.bench import gpu, kernels, table
+from commands import FACTS, Command, complaint
+from rewire.bench import compare, gpu, kernels, shapes, table, throughput
 from rewire.bench import stats as statistics
-from rewire.bench.ceilings import TINY
+from rewire.bench.ceilings import TINY, Ceilings
 
+SMALL = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 1536, "n_positions": 128}
+SETTINGS = {"layers": [0, 1], "v_lr": 0.1, "mom2_update_weight": 20.0}
 QUICK = ("--seconds", "0.01", "--device", "cpu", "--dtype", "float32", "--only", "small_solve")
 
 
@@ -93,6 +96,51 @@ def test_stats_of_wrong_input(run: Command) -> None:
     assert "width 736 needs at least 1472" in said
 
 
+def test_throughput(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(throughput, "quick", lambda *args, **kwargs: Ceilings({torch.float32: 1e11}, 1e10))
+    monkeypatch.setitem(shapes.SHAPES, "gpt2", replace(shapes.SHAPES["gpt2"], sizes=SMALL, settings=SETTINGS))
+    quick = ("bench", "throughput", "--facts", "3", "--serial", "2", "--steps", "3", "--device", "cpu")
+    done = run(*quick, "--config", "gpt2", "--out", tmp_path / "out", "--json")
+    assert done.status == 0, done.err
+    report = done.json
+    assert report["check"] == "passed"
+    assert (report["facts"], report["serial_facts"], report["layers"]) == (3, 2, [0, 1])
+    assert report["steps"] == 2.0  # of three forwards the last one is only looked at
+    for row in report["rows"]:
+        assert row.keys() >= {"name", "dtype", "shape", "seconds", "baseline_seconds", "ratio", "peak_bytes"}
+    assert json.loads((tmp_path / "out" / "throughput.json").read_text()) == report
+    assert (tmp_path / "out" / "throughput.png").is_file()
+
+    table = run(*quick, "demo")
+    assert table.status == 0, table.err
+    assert "statistics" in table.out
+    assert "given: synthetic" in table.out
+    assert "facts/s" in table.out
+
+    monkeypatch.setitem(compare.BOUNDS, torch.float32, compare.Bounds(1e-12, 1e-12, 1e-12))
+    shown = run(*quick, "--data", FACTS)
+    assert shown.status == 1
+    assert "gpt2 by its shape, random weights: check failed" in shown.out
+    assert "update: furthest from the serial baseline by " in shown.out
+    assert "facts/s" not in shown.out
+
+
+def test_throughput_of_wrong_input(run: Command, tmp_path: Path) -> None:
+    for words, said in (
+        (("--config", "lama-3-8b"), "--config lama-3-8b: no such shape; did you mean 'llama-3-8b'?"),
+        (("--config", "zzz"), "--config zzz: no such shape; there are gpt2, gpt2-xl, gpt-j-6b, llama-3-8b, qwen2.5-7b"),
+        (("--method", "memitt"), "unknown method 'memitt'; did you mean 'memit'?"),
+        (("--method", "alphaedit"), "--method alphaedit: expected memit: the serial baseline is MEMIT's"),
+        (("demo", "--config", "gpt2"), "MODEL demo and --config gpt2: expected one of them"),
+        (("demo", "--dtype", "float16"), "--dtype float16: expected float32 or bfloat16"),
+        (("demo", "--facts", "9999"), "--facts 9999: 7887 can be made; name a file of more by --data"),
+    ):
+        assert complaint(run("bench", "throughput", *words)) == said
+    (tmp_path / "file").write_text("")
+    assert "a file; expected a folder" in complaint(run("bench", "throughput", "demo", "--out", tmp_path / "file"))
+
+
 def test_gpu_rehearsal(run: Command, tmp_path: Path) -> None:
     done = run("bench", "gpu", "--rehearse", "--only", "small_solve", "--out", tmp_path / "out", "--json")
     assert done.status == 0, done.err
@@ -122,7 +170,7 @@ def test_wrong_input(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "No such file" in complaint(run("bench", "plot", tmp_path / "absent.csv", "--out", tmp_path))
 
 
-@pytest.mark.parametrize("verb", ["stats", "kernels", "gpu", "plot"])
+@pytest.mark.parametrize("verb", ["throughput", "stats", "kernels", "gpu", "plot"])
 def test_help_has_an_example(run: Command, verb: str) -> None:
     done = run("bench", verb, "--help")
     assert done.status == 0

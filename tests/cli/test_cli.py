@@ -189,16 +189,6 @@ def test_presets(run: Command) -> None:
     assert all(name in shown for name in found["memit"])
 
 
-def test_bench_values(run: Command, preset: Path, contexts: Path) -> None:
-    done = run("bench", "values", "--limit", 3, "--preset", preset, "--contexts", contexts, "--json")
-    assert done.status == 0, done.err
-    assert done.json["check"] == "passed"
-    (row,) = done.json["rows"]
-    assert row.keys() >= {"name", "dtype", "shape", "seconds", "baseline_seconds", "ratio", "peak_bytes"}
-    assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
-    assert row["seconds"] > 0
-
-
 def test_demo(run: Command, tmp_path: Path) -> None:
     done = run("demo", "--limit", 8, "--json", "--out", tmp_path / "out")
     assert done.status == 0, done.err
