@@ -45,7 +45,7 @@ TINY = (
         sizes={"n_embd": 64, "n_layer": 10, "n_head": 4, "rotary_dim": 8, "vocab_size": 1536, "n_positions": 64},
     ),
 )  # fmt: skip
-BOUND = 5e-2  # of the median relative difference of the last losses: both sides run in bfloat16
+BOUND = 5e-2  # of the median relative difference of the last losses; that of the movement is `compare.BOUNDS`'s
 
 
 def unmeasured(load: Load, note: str, status: str = "not measured") -> Found:
@@ -66,8 +66,9 @@ def measure_values(load: Load, device: torch.device, ceilings: Ceilings, late: C
     late: whether the budget is used up; asked before the long part
 
     A few of the facts run first, and through the serial baseline on the same weights, all in bfloat16: the last losses
-    are compared (in 16 bits the paths of two roundings part, see `compare.Bounds`), the seconds of a fact give the
-    ratio. Steps are those that were made: random weights rarely reach the loss that stops.
+    are compared and, as random weights hardly move them, the deltas of a gentle run of both sides (`compare.movement`),
+    by their medians; the seconds of a fact give the ratio. Steps are those that were made: random weights rarely reach
+    the loss that stops.
     """
     if late():
         return unmeasured(load, LATE)
@@ -93,7 +94,7 @@ def _measured(
     model = shapes.shaped_model(load.config, str(device), torch.bfloat16, load.sizes)
     hparams = shapes.shaped_hparams(load.config, model, {"v_num_grad_steps": load.steps, "v_loss_layer": None})
     facts = shapes.made_facts(load.facts)
-    sample = [facts[number * len(facts) // load.few] for number in range(load.few)]
+    sample = [facts[number] for number in compare.spread_over(len(facts), load.few)]
     found: list[Any] = []
 
     def ours(chosen: list[Any]) -> float:
@@ -109,9 +110,17 @@ def _measured(
             one = lambda: serial.append(compare.serial_value(model, fact, shapes.CONTEXTS, hparams))  # noqa: B023, E731
             seconds += single(one, device).p50
         apart = [abs(a - b.loss) / b.loss for a, b in zip(found[0].loss.tolist(), serial, strict=True)]
-        error = median(each if math.isfinite(each) else math.inf for each in apart)
-        if not error <= BOUND:
-            return {"status": "wrong", "note": f"losses apart by {error:.1e}, at most {BOUND:.0e} expected"}
+        moved = compare.movement(model, sample, shapes.CONTEXTS, hparams, serial)
+        if not moved:
+            return {"status": "wrong", "note": "no fact had to move: nothing was compared"}
+        errors = {
+            name: median(each if math.isfinite(each) else math.inf for each in column)
+            for name, column in (("losses", apart), ("movement", moved))
+        }
+        bounds = {"losses": BOUND, "movement": compare.BOUNDS[torch.bfloat16].movement}
+        for name, error in errors.items():
+            if not error <= bounds[name]:
+                return {"status": "wrong", "note": f"{name} apart by {error:.1e}, at most {bounds[name]:.2g} expected"}
         baseline = seconds / len(sample)
         if late():
             return {"note": LATE}
@@ -123,8 +132,8 @@ def _measured(
     least = ceilings.floor(cost, torch.bfloat16, device)
     return {
         "status": "measured",
-        "error": error,
-        "bound": BOUND,
+        "errors": errors,
+        "bounds": bounds,
         "steps": sum(steps) / len(steps),
         "seconds": whole,
         "facts_per_second": len(facts) / whole,

@@ -14,6 +14,13 @@ def committed(page: str) -> dict[str, float | None]:
     return {name: float(ratio) if re.fullmatch(r"\d+(\.\d+)?", ratio) else None for name, *_, ratio in _rows(page)}
 
 
+def absent(known: Mapping[str, float | None]) -> str | None:
+    """What to do where no ratio is committed yet; None: one is."""
+    if any(ratio is not None for ratio in known.values()):
+        return None
+    return "no ratios in docs/benchmarks.md yet: run `make bench-table` on a quiet machine and commit the page"
+
+
 def complaint(name: str, found: float, known: Mapping[str, float | None]) -> str | None:
     """What is wrong with a ratio that was found; None: nothing."""
     ratio = known.get(name)

@@ -17,7 +17,7 @@ from ..kernels.floors import Cost
 from ..kernels.spd_solve import fast_dtype
 from .about import about
 from .ceilings import Ceilings, quick
-from .compare import BOUNDS, SERIAL, Compared, compare, losses_apart, most
+from .compare import BOUNDS, SERIAL, Compared, compare, lengths_apart, losses_apart, most, spread_over
 from .costs import Costs
 from .edits import Edited, Setup, edited, synthetic_moment
 from .plots import plot_throughput
@@ -46,15 +46,14 @@ def bench_throughput(
     batch_size: facts whose values are optimised at once; None: as the engine has it
     ceilings: of the device; None: measured now, which takes a second or two
 
-    C is synthetic, made before. The check: values, keys, hidden states and the update of the sample within `BOUNDS` of
-    the serial ones, near-ties of the stop apart; without that there are no rows and no phases.
+    C is synthetic, made before. The check: values, the way that gentle ones went, keys, hidden states and the update
+    within `BOUNDS` of the serial ones, near-ties of the stop apart; without that there are no rows and no phases.
     """
     dtype = next(model.hf.parameters()).dtype
     ceilings = ceilings or quick(
         model.device, dict.fromkeys((dtype, torch.float32, fast_dtype(model.device))), seconds=0.5
     )
-    few = min(serial, len(facts))
-    chosen = [number * len(facts) // few for number in range(few)]  # spread over them
+    chosen = spread_over(len(facts), serial)
     sample = [facts[number] for number in chosen]
     moments = {layer: synthetic_moment(model, sample[:2], contexts, layer) for layer in hparams.layers}
     setup = Setup(model, contexts, hparams, moments, batch_size)
@@ -62,11 +61,15 @@ def bench_throughput(
     with frozen(model):
         serial_value(model, sample[0], contexts, hparams)
     runs = [edited(setup, facts, listener)]
-    compared = compare(setup, sample, len(facts), listener)
+    compared = compare(setup, facts, sample, listener)
     runs.append(edited(setup, facts, listener))
     errors = compared.errors | {
-        "values: losses in the timed edits": most(
-            losses_apart([run.facts[number]["loss"] for number in chosen], compared) for run in runs
+        f"{name} in the timed edits": most(
+            apart([run.facts[number][column] for number in chosen], compared) for run in runs
+        )
+        for name, apart, column in (
+            ("values: losses", losses_apart, "loss"),
+            ("lengths: of deltas", lengths_apart, "delta_norm"),
         )
     }
     bounds = BOUNDS[dtype]
@@ -75,6 +78,7 @@ def bench_throughput(
     result: dict[str, Any] = {
         "check": "passed" if passed else "failed",
         "errors": {name: error if math.isfinite(error) else None for name, error in errors.items()},
+        "notes": compared.notes,
         "near_ties": [fact.id for fact, tie in zip(sample, compared.ties, strict=True) if tie],
         "model": model.name,
         "facts": len(facts),

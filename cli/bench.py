@@ -283,6 +283,8 @@ def _throughput_table(report: dict[str, Any]) -> None:
         print(f"{name}: furthest from the serial baseline by {'NaN' if error is None else format(error, '.1e')}")
     if report["near_ties"]:
         print(f"not compared, their loss is a near-tie with the stop: {', '.join(report['near_ties'])}")
+    for note in report["notes"]:
+        print(note)
     if report["check"] != "passed":
         return
     print(f"{report['facts']} facts, {report['steps']:.1f} steps each, layers {report['layers']}")

@@ -13,7 +13,7 @@ import torch
 from rewire.bench import compare, gpu, gpu_values, targets
 from rewire.bench.ceilings import Ceilings
 from rewire.bench.gpu_report import markdown
-from rewire.bench.gpu_values import LARGE, LATE, TINY, measure_values
+from rewire.bench.gpu_values import LARGE, LATE, TINY, Load, measure_values
 
 CPU = torch.device("cpu")
 KNOWN = Ceilings({torch.float32: 1e11, torch.bfloat16: 1e11}, 1e10)
@@ -36,7 +36,8 @@ def test_rows_and_their_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert row["facts_per_second"] == pytest.approx(load.facts / row["seconds"])
         assert row["ratio"] == pytest.approx(row["baseline_seconds_per_fact"] * row["facts_per_second"])
         assert row["floor_fraction"] == pytest.approx(row["floor_seconds"] / row["seconds"])
-        assert row["error"] <= row["bound"]
+        assert row["errors"].keys() == row["bounds"].keys() == {"losses", "movement"}
+        assert all(error <= row["bounds"][name] for name, error in row["errors"].items())
     assert json.loads((tmp_path / "gpu.json").read_text()) == report
     page = (tmp_path / "gpu.md").read_text()
     assert page == markdown(report)
@@ -51,12 +52,36 @@ def test_what_is_wrong_has_no_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     right = compare.serial_value
     monkeypatch.setattr(compare, "serial_value", lambda *args: replace(right(*args), loss=float("nan")))
     row = measure_values(TINY[0], CPU, KNOWN, in_time)
-    assert (row["status"], row["note"]) == ("wrong", "losses apart by inf, at most 5e-02 expected")
+    assert (row["status"], row["note"]) == ("wrong", "losses apart by inf, at most 0.05 expected")
     assert "seconds" not in row
     monkeypatch.setattr(gpu, "measure_values", lambda *args: row)
     report = gpu.bench_gpu(tmp_path, only=["values"], rehearse=True)
     assert report["check"] == "failed"
     assert "wrong: losses apart by inf" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5], ids=["dead", "wrong sign", "half the rate"])
+@pytest.mark.parametrize("load", TINY, ids=lambda load: load.config)
+def test_a_wrong_optimiser_is_seen(monkeypatch: pytest.MonkeyPatch, load: Load, factor: float) -> None:
+    """The last losses of random weights do not tell."""
+    right = compare.optimise_values
+    monkeypatch.setattr(
+        compare,
+        "optimise_values",
+        lambda model, facts, contexts, hparams, *rest: right(
+            model, facts, contexts, hparams.model_copy(update={"v_lr": factor * hparams.v_lr}), *rest
+        ),
+    )
+    monkeypatch.setattr(gpu_values, "BOUND", 1.0)
+    row = measure_values(load, CPU, KNOWN, in_time)
+    assert row["status"] == "wrong"
+    assert row["note"].startswith("movement apart by ")
+
+
+def test_nothing_to_compare_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "movement", lambda *args: [])
+    row = measure_values(TINY[0], CPU, KNOWN, in_time)
+    assert (row["status"], row["note"]) == ("wrong", "no fact had to move: nothing was compared")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 import rewire
-from rewire.bench import compare, edits, shapes, throughput
+from rewire.bench import compare, edits, gpu_values, shapes, throughput
 from rewire.bench.ceilings import Ceilings
 from rewire.bench.costs import Costs
+from rewire.bench.stats import cast
+from rewire.engine import value_steps
 from rewire.engine.hparams import Hparams, preset_files, read_yaml
 from rewire.engine.outline import model_shape
 from rewire.engine.values import optimise_values
@@ -25,7 +28,8 @@ FACTS = shapes.made_facts(4)
 
 
 def profile(model: rewire.Model, **options: Any) -> dict[str, Any]:
-    return throughput.bench_throughput(model, FACTS, CONTEXTS, HPARAMS, **{"serial": 2, "ceilings": KNOWN} | options)
+    settings = {"hparams": HPARAMS, "serial": 2, "ceilings": KNOWN} | options
+    return throughput.bench_throughput(model, FACTS, CONTEXTS, **settings)
 
 
 def test_phases_and_rows(demo: rewire.Model, tmp_path: Path) -> None:
@@ -39,8 +43,10 @@ def test_phases_and_rows(demo: rewire.Model, tmp_path: Path) -> None:
     assert not Path(cache).exists()  # neither read nor filled
     assert seen >= {"values", "serial", "evaluate"}
     assert set(result["errors"]) == {
-        *("values", "keys", "keys: hidden states", "update", "values: losses in the timed edits"),
+        *("values", "movement", "keys", "keys: hidden states", "update"),
+        *("values: losses in the timed edits", "lengths: of deltas in the timed edits"),
     }
+    assert result["notes"] == []
     assert 0 < result["steps"] <= HPARAMS.v_num_grad_steps - 1
 
     assert [phase["name"] for phase in result["phases"]] == list(throughput.PHASES)
@@ -111,6 +117,89 @@ def test_what_is_wrong_has_no_figures(
     assert [path.name for path in tmp_path.glob("throughput*")] == ["throughput.json"]
 
 
+RATES = {"dead": 0.0, "wrong sign": -1.0, "half the rate": 0.5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", ["demo", "llama-3-8b", "gpt-j-6b"])
+def test_a_wrong_optimiser_is_seen(
+    demo: rewire.Model, monkeypatch: pytest.MonkeyPatch, config: str, dtype: torch.dtype
+) -> None:
+    """By the way that deltas went, on a trained model and on random weights, whose losses do not tell."""
+    sizes = {load.config: load.sizes for load in gpu_values.TINY}
+    model = cast(demo, dtype) if config == "demo" else shapes.shaped_model(config, "cpu", dtype, sizes[config])
+    hparams = HPARAMS if config == "demo" else shapes.shaped_hparams(config, model, {"v_loss_layer": None})
+    serial = [compare.serial_value(model, fact, CONTEXTS, hparams) for fact in FACTS[:2]]
+    bound = compare.BOUNDS[dtype].movement
+    found = compare.movement(model, FACTS[:2], CONTEXTS, hparams, serial)
+    assert len(found) == 2
+    assert max(found) <= bound / 2
+    for name, factor in RATES.items():
+        monkeypatch.setattr(
+            compare,
+            "optimise_values",
+            lambda model, facts, contexts, hparams, *rest, factor=factor: optimise_values(
+                model, facts, contexts, hparams.model_copy(update={"v_lr": factor * hparams.v_lr}), *rest
+            ),
+        )
+        wrong = compare.movement(model, FACTS[:2], CONTEXTS, hparams, serial)
+        assert min(wrong) > bound, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_optimiser_that_does_nothing_fails_the_profile(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """In the timed edits, too: the engine's own `adam` is what is broken."""
+    monkeypatch.setattr(value_steps, "adam", lambda delta, *rest: delta)
+    model = shapes.shaped_model("llama-3-8b", "cpu", dtype, gpu_values.TINY[0].sizes)
+    hparams = shapes.shaped_hparams("llama-3-8b", model, {"v_num_grad_steps": 3, "v_loss_layer": None})
+    result = profile(model, hparams=hparams)
+    assert (result["check"], result["rows"]) == ("failed", [])
+    assert result["errors"]["movement"] == pytest.approx(1.0)
+    assert result["errors"]["lengths: of deltas in the timed edits"] == pytest.approx(1.0)
+
+
+def test_nothing_but_near_ties_fails(demo: rewire.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compare.NEAR_TIE, torch.float32, 1e3)
+    result = profile(demo)
+    assert (result["check"], result["rows"]) == ("failed", [])
+    assert len(result["near_ties"]) == 2
+    assert result["errors"]["values"] is result["errors"]["movement"] is None
+    assert result["errors"]["values: losses in the timed edits"] is None
+    assert [note.partition(":")[0] for note in result["notes"]] == [
+        "every sampled fact is a near-tie of the stop", "no sampled fact has to move far enough to compare",
+    ]  # fmt: skip
+
+
+def test_the_serial_side_is_timed_fairly(demo: rewire.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys in the published batches of up to 128 prompts, not in those of a small sample; no LU is the first one."""
+    facts = shapes.made_facts(60)
+    batches: list[tuple[int, int]] = []
+    solved: list[tuple[int, ...]] = []
+    keys, solve = compare.serial_keys, torch.linalg.solve
+
+    def counted(model: Any, some: Any, *rest: Any) -> Any:
+        batches.append((len(some), len({fact.id for fact in some})))
+        return keys(model, some, *rest)
+
+    def slow_at_first(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        if A.dtype is torch.float64 and B.shape[1] == len(facts) and not solved:
+            solved.append(tuple(A.shape))
+            time.sleep(2.0)
+        return solve(A, B)
+
+    monkeypatch.setattr(compare, "serial_keys", counted)
+    monkeypatch.setattr(torch.linalg, "solve", slow_at_first)
+    moments = {layer: edits.synthetic_moment(demo, FACTS, CONTEXTS, layer) for layer in HPARAMS.layers}
+    setup = edits.Setup(demo, CONTEXTS, HPARAMS, moments, None)
+    found = compare.compare(setup, facts, facts[:2], lambda *args: None)
+    assert solved == [(736, 736)]
+    assert found.seconds["solve"] < 2.0
+    assert batches == [(60, 60), (60, 60)]  # of at most 84
+    assert found.errors["keys"] <= 1e-4
+    assert compare.spread_over(500, 4) == [0, 125, 250, 375]
+    assert compare.spread_over(3, 8) == [0, 1, 2]
+
+
 def test_a_near_tie_is_listed_and_not_compared(demo: rewire.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = float(compare.serial_value(demo, FACTS[0], CONTEXTS, HPARAMS).loss)
     monkeypatch.setattr(compare, "STOP_LOSS", loss)
@@ -126,8 +215,6 @@ def test_a_near_tie_is_listed_and_not_compared(demo: rewire.Model, monkeypatch: 
 
 
 def test_sixteen_bits(demo: rewire.Model) -> None:
-    from rewire.bench.stats import cast
-
     result = profile(cast(demo, torch.bfloat16))
     assert result["check"] == "passed", result["errors"]
     assert {row["dtype"] for row in result["rows"]} == {"bfloat16"}

@@ -118,12 +118,17 @@ def test_throughput(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "given: synthetic" in table.out
     assert "facts/s" in table.out
 
-    monkeypatch.setitem(compare.BOUNDS, torch.float32, compare.Bounds(1e-12, 1e-12, 1e-12))
+    monkeypatch.setitem(compare.BOUNDS, torch.float32, compare.Bounds(*[1e-12] * 5))
     shown = run(*quick, "--data", FACTS)
     assert shown.status == 1
     assert "gpt2 by its shape, random weights: check failed" in shown.out
     assert "update: furthest from the serial baseline by " in shown.out
     assert "facts/s" not in shown.out
+    assert "near-tie" not in shown.out
+    monkeypatch.setitem(compare.NEAR_TIE, torch.float32, 1e3)
+    shown = run(*quick, "demo")
+    assert shown.status == 1
+    assert "every sampled fact is a near-tie of the stop: no value was compared; try --serial, " in shown.out
 
 
 def test_throughput_of_wrong_input(run: Command, tmp_path: Path) -> None:
