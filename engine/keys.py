@@ -3,23 +3,31 @@
 K and H of a layer are those of a model whose lower edited layers are updated already and whose own is not. The layers
 are walked upwards once: between two of them each row stands where the lower one's projection adds to its block's
 output; once that weight is written only the projection is run again, and the blocks up to the next one's.
+
+Where the memory does not suffice, the rows that found none are halved, and so is what may be kept between two layers.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..kernels.errors import InputError
 from ..kernels.gather_mean import gather_mean_
 from ..stats.collect import batches
 from ..stats.memory import free_bytes
 from .model import Model
-from .passes import forward_bytes, fused, tokens_that_fit
+from .passes import forward_bytes, fused, out_of_memory, tokens_that_fit
 from .prompts import Row, pad
 from .suffix import Call
 from .walk import Parted, calls_until, cut_calls, embed, part, run_blocks
+
+log = logging.getLogger("rewire")
+
+_Made = TypeVar("_Made")
 
 KEPT_SHARE = 0.3  # of the free memory that rows may take between two layers
 CPU_KEPT = 2**30  # bytes; and on a CPU no more than that
@@ -37,11 +45,11 @@ def key_weights(generated: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the solve of one layer starts from, float32, on the model's device.
+    """What the solve of one layer starts from, float32.
 
-    K: [n, d_in], one key a fact: of its plain row and its context rows, weighted
-    H: [n, d_model], the z-layer's output at the subject of the plain row
-    given: [n, d_model], what the projection gives there, in families that have a norm behind it; else None
+    K: [n, d_in], one key a fact: of its plain row and its context rows, weighted; on the layer's device
+    H: [n, d_model], the z-layer's output at the subject of the plain row; on the z-layer's device
+    given: [n, d_model], what the projection gives there, in families that have a norm behind it; else None; as K
     """
 
     K: Tensor
@@ -49,11 +57,11 @@ class Measured:
     given: Tensor | None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Batch:
     """Rows that are run together, plain ones or context rows, and where they stand.
 
-    ids: [rows, T] on the CPU; position, fact: [rows] int64; weight: [rows] float32, all on the model's device
+    ids: [rows, T] on the CPU; position, fact: [rows] int64; weight: [rows] float32, all on the device of token ids
     keeps: what stays between two layers: the lower one's block in two parts, what that block reads, or nothing
     stands: that, while it is there; what a block reads comes with its layer
     """
@@ -65,6 +73,16 @@ class _Batch:
     plain: bool
     keeps: Literal["parted", "input", "nothing"] = "nothing"
     stands: Parted | tuple[int, Tensor] | None = None
+
+    def halves(self) -> list["_Batch"]:
+        """The longer and the shorter rows, with nothing kept."""
+        middle, end = len(self.ids) // 2, len(self.ids)
+        return [self._some(rows) for rows in (slice(0, middle), slice(middle, end))]
+
+    def _some(self, rows: slice) -> "_Batch":
+        position = self.position[rows]
+        ids = self.ids[rows, : int(position.max()) + 1]  # nothing behind it is read
+        return _Batch(ids, position, self.fact[rows], self.weight[rows], self.plain)
 
 
 class KeyWalk:
@@ -90,15 +108,27 @@ class KeyWalk:
         self.facts = len(rows)
         self.done = 0  # rows, over all layers
         self.total = len(self.layers) * sum(map(len, rows))
-        budget = batch_tokens or tokens_that_fit(model, forward_bytes(model))
-        self._batches = [batch for plain in (True, False) for batch in _batches(model, rows, budget, plain)]
-        self._give_room(kept_bytes(model.device, free_bytes(model.device)) if room is None else room)
+        self._tokens = batch_tokens or tokens_that_fit(model, forward_bytes(model))
+        self._batches = [batch for plain in (True, False) for batch in _batches(model, rows, self._tokens, plain)]
+        places = {self._place(layer) for layer in self.layers}
+        self._room = min(kept_bytes(place, free_bytes(place)) for place in places) if room is None else room
+        self._give_room()
+        self._said = False  # that there is too little memory
         self._longest = max(batch.ids.shape[1] for batch in self._batches)
         self._calls: list[Call] = []  # for the longest rows; recorded with the first batch
         self._at_subject: list[tuple[Tensor, Parted]] = []  # (facts, the z-layer's two parts), of plain rows
 
-    def _give_room(self, room: int) -> None:
-        """First for what a block reads, of all rows, then for two parts: there a byte saves more work."""
+    def _place(self, layer: int) -> torch.device:
+        weight = self.model.projection(layer).weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    def _give_room(self) -> None:
+        """First for what a block reads, of all rows, then for two parts: there a byte saves more work.
+
+        What stands where there is no room for it any more is given up.
+        """
+        room = self._room
         anatomy = self.model.anatomy
         item = next(self.model.hf.parameters()).element_size()
         before, parted = item * anatomy.d_model, item * (anatomy.d_model + anatomy.d_in)
@@ -106,39 +136,90 @@ class KeyWalk:
         for batch in self._batches:
             tokens = batch.ids.numel()
             rest -= before * tokens
+            batch.keeps = "nothing"
             if parted * tokens + rest <= room:
                 batch.keeps = "parted"
                 room -= parted * tokens
             elif before * tokens <= room:
                 batch.keeps = "input"
                 room -= before * tokens
+            if batch.keeps == "nothing" or (batch.keeps == "input" and isinstance(batch.stands, Parted)):
+                batch.stands = None
 
     @torch.no_grad()
     def measure(self, layer: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Measured:
-        """K and H with the weights as they are; progress: rows, over all layers."""
-        model, z_layer = self.model, self.layers[-1]
-        anatomy, device = model.anatomy, model.device
-        K = torch.zeros(self.facts, anatomy.d_in, device=device)
-        H = torch.zeros(self.facts, anatomy.d_model, device=device)
-        given = None if anatomy.post_norm is None else torch.zeros_like(H)
-        with fused(model):
-            for batch in self._batches:
-                calls = self._calls_of(batch)
-                hidden = self._input_of(batch, layer, calls)
-                parted = part(model, hidden, calls, layer)
-                gather_mean_(K, parted.read, batch.position, batch.fact, batch.weight)
-                if layer != z_layer and batch.keeps != "nothing":
-                    batch.stands = parted if batch.keeps == "parted" else (layer, hidden)
-                if batch.plain:
-                    self._plain(batch, parted, calls, H, given)
-                self.done += len(batch.ids)
-                progress(self.done, self.total)
-        return Measured(K, H, given)
+        """K and H with the weights as they are; progress: rows, over all layers.
+
+        Raises `InputError` where the memory does not hold a single row.
+        """
+        while (found := _that_fits(lambda: self._nothing_yet(layer))) is None:
+            self._less(None)
+        at = 0
+        with fused(self.model):
+            while at < len(self._batches):
+                batch = self._batches[at]
+                if batch.stands is None and len(batch.ids) > 1 and batch.ids.numel() > self._tokens:
+                    self._batches[at : at + 1] = batch.halves()  # by the batches before, too large
+                elif _that_fits(lambda: self._run(batch, layer, found)):  # noqa: B023
+                    at += 1
+                    self.done += len(batch.ids)
+                    progress(self.done, self.total)
+                else:
+                    self._less(batch)
+        return found
+
+    def _nothing_yet(self, layer: int) -> Measured:
+        anatomy, here = self.model.anatomy, self._place(layer)
+        return Measured(
+            torch.zeros(self.facts, anatomy.d_in, device=here),
+            torch.zeros(self.facts, anatomy.d_model, device=self._place(self.layers[-1])),
+            None if anatomy.post_norm is None else torch.zeros(self.facts, anatomy.d_model, device=here),
+        )
+
+    def _run(self, batch: _Batch, layer: int, found: Measured) -> bool:
+        """Adds a batch to what was found. Where it ends for want of memory, nothing is added to K: H and `given` are
+        only set, so that it may be run again."""
+        calls = self._calls_of(batch)
+        hidden = self._input_of(batch, layer, calls)
+        parted = part(self.model, hidden, calls, layer)
+        subject = self._plain(batch, parted, calls, found) if batch.plain else None
+        here = parted.read.device
+        position, fact, weight = (side.to(here) for side in (batch.position, batch.fact, batch.weight))
+        gather_mean_(found.K, parted.read, position, fact, weight)
+        if layer == self.layers[-1]:
+            if subject is not None:
+                self._at_subject.append((batch.fact.to(found.H.device), subject))
+        elif batch.keeps != "nothing":
+            batch.stands = parted if batch.keeps == "parted" else (layer, hidden)
+        return True
+
+    def _less(self, batch: _Batch | None) -> None:
+        """Half the memory, after a batch found too little (None: what comes before the batches).
+
+        Raises `InputError` where there is nothing to halve.
+        """
+        halves = [] if batch is None or len(batch.ids) == 1 else batch.halves()
+        if not halves and all(one.stands is None for one in self._batches):
+            raise InputError(
+                f"out of memory while the keys of {self.facts} facts are read, a single token row at once; expected "
+                "room for it: try fewer facts, --dtype bfloat16, shorter context templates (--contexts), or a device "
+                "with more memory"
+            )
+        said = log.info if self._said else log.warning
+        said("out of memory while keys are read: going on with half as many rows at once, and less kept of them")
+        self._said = True
+        if batch is not None and halves:
+            self._tokens, self._room = max(half.ids.numel() for half in halves), self._room // 2
+            at = self._batches.index(batch)
+            self._batches[at : at + 1] = halves
+        else:
+            self._room = 0
+        self._give_room()
 
     @torch.no_grad()
     def hidden(self) -> Tensor:
         """H, [n, d_model] float32, with all weights as they are: after the z-layer was measured."""
-        H = torch.zeros(self.facts, self.model.anatomy.d_model, device=self.model.device)
+        H = torch.zeros(self.facts, self.model.anatomy.d_model, device=self._place(self.layers[-1]))
         with fused(self.model):
             for fact, parted in self._at_subject:
                 H[fact] = parted.join(self.model).float()
@@ -159,18 +240,28 @@ class KeyWalk:
         del stands  # its memory is the blocks'
         return run_blocks(self.model, hidden, calls, first, layer)
 
-    def _plain(self, batch: _Batch, parted: Parted, calls: list[Call], H: Tensor, given: Tensor | None) -> None:
-        """Plain rows go on to the z-layer, with this layer's weight as it was."""
+    def _plain(self, batch: _Batch, parted: Parted, calls: list[Call], found: Measured) -> Parted:
+        """Plain rows go on to the z-layer, with this layer's weight as it was: its two parts, at the subject."""
         layer, z_layer = parted.layer, self.layers[-1]
         subject = parted.at(batch.position)
-        if given is not None:
-            given[batch.fact] = subject.given(self.model).float()
-        if layer == z_layer:
-            self._at_subject.append((batch.fact, subject))
-        else:
+        if found.given is not None:
+            found.given[batch.fact.to(found.given.device)] = subject.given(self.model).float()
+        if layer != z_layer:
             hidden = run_blocks(self.model, parted.join(self.model), calls, layer + 1, z_layer)
             subject = part(self.model, hidden, calls, z_layer).at(batch.position)
-        H[batch.fact] = subject.join(self.model).float()
+        found.H[batch.fact.to(found.H.device)] = subject.join(self.model).float()
+        return subject
+
+
+def _that_fits(make: Callable[[], _Made]) -> _Made | None:
+    """What it gives, or None where there was too little memory."""
+    try:
+        return make()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()  # here, as the error held what was on the device
+    return None
 
 
 def _batches(model: Model, rows: Sequence[Sequence[Row]], tokens: int, plain: bool) -> list[_Batch]:

@@ -111,6 +111,13 @@ def forward_bytes(model: Model) -> float:
     return 4.0 * (12 * model.anatomy.d_model + 4 * model.anatomy.d_in)
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU, or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        said in str(error) for said in ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
 @torch.no_grad()
 def blocks_until(model: Model, ids: Tensor, layer: int) -> Tensor:
     """The output of block `layer` for token ids [rows, T]: [rows, T, d_model] in the model's dtype."""

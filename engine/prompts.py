@@ -21,6 +21,7 @@ KL_PROMPT = "{} is a"
 SEED_WORDS = ("The", "Therefore", "Because", "I", "You")
 CONTEXT_TOKENS = 10
 CONTEXT_TOP_K = 5
+TOGETHER = 256  # texts that are tokenised in one call
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,19 @@ def _compose(context: str, prompt: str, subject: str, target: str | None = None)
 
 
 def _tokenise(tokenizer: Any, texts: Sequence[_Text]) -> list[Row]:
-    if not texts:
-        return []
-    coded = tokenizer(
-        [text.text for text in texts],
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        return_token_type_ids=False,
-        return_attention_mask=False,
-    )
-    columns = zip(coded["input_ids"], coded["offset_mapping"], coded["special_tokens_mask"], texts, strict=True)
-    return [_row(*column) for column in columns]
+    rows: list[Row] = []
+    for start in range(0, len(texts), TOGETHER):  # what a tokenizer gives of many texts is large, and stays a while
+        portion = texts[start : start + TOGETHER]
+        coded = tokenizer(
+            [text.text for text in portion],
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_token_type_ids=False,
+            return_attention_mask=False,
+        )
+        columns = (coded["input_ids"], coded["offset_mapping"], coded["special_tokens_mask"], portion)
+        rows += [_row(*column) for column in zip(*columns, strict=True)]
+    return rows
 
 
 def _row(ids: list[int], offsets: list[tuple[int, int]], special: list[int], text: _Text) -> Row:

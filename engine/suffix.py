@@ -239,7 +239,8 @@ def _verify(model: Model, layer: int, kind: str) -> None:
     replayed = model.logits(
         suffix(before.new_zeros(1, before.shape[2]).float(), torch.zeros_like(start), (read_row, read_at))
     )
-    if not torch.allclose(replayed, own[read_row, read_at], atol=tolerance, rtol=0):
+    asked = own[read_row.to(own.device), read_at.to(own.device)]
+    if not torch.allclose(replayed.to(own.device), asked, atol=tolerance, rtol=0):
         raise InputError(f"{kind}: its logits are not head(norm(blocks)): this family cannot be edited yet")
     push = torch.ones_like(before[:, -1]) * before.float().std().to(before.dtype)
 

@@ -5,20 +5,23 @@ dtype, tokenizer. Each round leaves one file with the facts that it finished and
 under its own key; a run that ends well makes one file of them.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..stats.cache import write_whole
+from ..stats.cache import ABANDONED, write_whole
 from ..stats.tokens import tokenizer_digest
 from .facts import Fact
 from .hparams import Hparams
@@ -28,10 +31,14 @@ from .value_steps import Table, pick, stack
 
 log = logging.getLogger("rewire")
 
-FORMAT = 1  # of the files, and of how values are found: another one is another folder
+# of the files, and of how values are found (`value_steps`, `value_groups`, prompts): who changes what a value comes out
+# as counts on, and so leaves the older ones alone
+FORMAT = 1
 ENTERS = ("fact_token", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 DONE, STATE = "done", "state"
 _ROUND, _WHOLE = "round", "values"  # how names of files begin
+_FOLDED = 64  # rows whose columns are folded together: few enough for the caches, a power of two
+_NOTHING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of a config that changes no value
 _BROKEN = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
 
 
@@ -43,31 +50,47 @@ def fact_key(fact: Fact) -> str:
 
 def value_folder(model: Model, contexts: Sequence[str], hparams: Hparams) -> str:
     """Name of the folder of values of this model as it is now: 24 hex digits over everything but the fact."""
+    config: Any = model.hf.config
     content = {
         "format": FORMAT,
         "weights": weights_digest(model),
+        "config": {key: value for key, value in config.to_dict().items() if key not in _NOTHING},
+        "transformers": transformers.__version__,
         "contexts": list(contexts),
         "hparams": {name: getattr(hparams, name) for name in ENTERS},
         "z_layer": hparams.layers[-1],
         "dtype": str(next(model.hf.parameters()).dtype),
         "tokenizer": tokenizer_digest(lambda texts: encode(model, texts)),
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def weights_digest(model: Model) -> str:
     """Over all weights as they are now, every number of them: earlier edits, and what anybody else changed, count.
 
-    Of each row the XOR of its numbers' bits, which a machine finds as fast as it reads; the fingerprint's samples tell
-    what cancels out (a sign that changes everywhere).
+    Of each row and each column the XOR of its numbers' bits, which a machine finds as fast as it reads. The
+    fingerprint's samples tell what cancels out (a sign that changes everywhere).
     """
     parts = hashlib.sha256(model.fingerprint.encode())
     for name, weight in sorted(model.hf.named_parameters()):
         parts.update(f"{name}:{tuple(weight.shape)}".encode())
-        if weight.ndim and not weight.is_meta:  # one that accelerate keeps elsewhere is not there to be read
-            rows = torch.hash_tensor(weight.detach(), dim=weight.ndim - 1)
-            parts.update(rows.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        if weight.is_meta:  # accelerate keeps it elsewhere: it is not there to be read
+            continue
+        numbers = weight.detach().reshape(-1, weight.shape[-1] if weight.ndim else 1).contiguous()
+        for found in (torch.hash_tensor(numbers, dim=1), _column_bits(numbers)):
+            parts.update(found.cpu().view(torch.uint8).numpy().tobytes())
     return parts.hexdigest()
+
+
+def _column_bits(numbers: Tensor) -> Tensor:
+    """[columns], the XOR of each column's bits (`torch.hash_tensor` takes ten times as long in that direction)."""
+    bits = numbers.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()])
+    found = bits.new_zeros(_FOLDED, bits.shape[1])
+    for rows in bits.split(_FOLDED):
+        found[: len(rows)] ^= rows
+    while len(found) > 1:
+        found = found[::2] ^ found[1::2]
+    return found[0]
 
 
 class ValueStore:
@@ -89,12 +112,15 @@ class ValueStore:
         wanted = set(keys)
         done: dict[str, Table] = {}
         states: dict[str, Table] = {}
-        for path in self._files(_ROUND, _WHOLE):
-            for part, key, row in self._rows(path, wanted):
-                if part == DONE:
-                    done.setdefault(key, row)
-                elif key not in states or int(row["step"]) > int(states[key]["step"]):
-                    states[key] = row
+        seen: set[Path] = set()
+        while new := [path for path in self._files(_ROUND, _WHOLE) if path not in seen]:  # another run may merge them
+            seen.update(new)
+            for path in new:
+                for part, key, row in self._rows(path, wanted):
+                    if part == DONE:
+                        done.setdefault(key, row)
+                    elif key not in states or int(row["step"]) > int(states[key]["step"]):
+                        states[key] = row
         return done, {key: row for key, row in states.items() if key not in done}
 
     def add(self, done: tuple[Sequence[str], Table], states: tuple[Sequence[str], Table]) -> None:
@@ -119,8 +145,10 @@ class ValueStore:
         found[STATE] = {key: row for key, row in found[STATE].items() if key not in found[DONE]}
         parts = {part: (list(rows), stack(list(rows.values()))) for part, rows in found.items() if rows}
         if len(read) > 1 and self._write(_WHOLE, parts):
-            for path in read:
-                path.unlink(missing_ok=True)
+            abandoned = (path for path in self.folder.glob("*.tmp") if time.time() - path.stat().st_mtime > ABANDONED)
+            with contextlib.suppress(OSError):  # somebody else's, or somebody was faster: they are read once more
+                for path in (*read, *abandoned):
+                    path.unlink(missing_ok=True)
 
     def _files(self, *kinds: str) -> list[Path]:
         return sorted(path for kind in kinds for path in self.folder.glob(f"{kind}-*.safetensors"))

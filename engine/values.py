@@ -24,7 +24,7 @@ from ..stats.ranks import ALONE, Ranks
 from .facts import Fact
 from .hparams import Hparams
 from .model import Model
-from .passes import fused
+from .passes import fused, out_of_memory
 from .prompts import PLAIN, fact_rows, kl_rows
 from .suffix import Calls, record_calls
 from .value_groups import lay_out, size_for
@@ -178,21 +178,18 @@ class _Run:
         return -active, -max(len(row.ids) for row in self.rewriting[fact]), fact
 
     def whole(self) -> Table:
-        """What is known of all facts, in their order, on every rank."""
-        problem: str | None = None
-        try:
-            self._work()
-        except InputError as error:  # another rank waits below: it shall hear of it
-            problem = str(error)
-        problems = [said for said in self.ranks.gather(problem) if said]
-        if problems:
-            raise InputError(problems[0])
+        """What is known of all facts, in their order, on every rank.
+
+        An error is raised at once, on its rank alone: torchrun ends the others, which have their rounds on disk.
+        """
+        self._work()
         own = stack([self.done[fact] for fact in self.mine]) if self.mine else {}
+        self.done.clear()
         self.capacity = max(self.ranks.gather(self.capacity))
         names = max(self.ranks.gather(list(own)), key=len)  # more ranks than facts: some have none
         dealt = [fact for rank in range(self.ranks.world) for fact in self.order[rank :: self.ranks.world]]
         back = torch.tensor(dealt).argsort()
-        whole = {name: torch.cat(self.ranks.share(own.get(name)))[back] for name in names}
+        whole = {name: torch.cat(self.ranks.share(own.pop(name, None)))[back] for name in names}
         if self.store and self.ranks.first:
             self.store.merge()
         return whole
@@ -252,7 +249,8 @@ class _Run:
         good = torch.isfinite(known["loss"]) & torch.isfinite(known["Z"]).all(1)
         finished, going, broken = (mask.nonzero()[:, 0].tolist() for mask in (done & good, ~done, done & ~good))
         if self.store:
-            parts = ((finished, known), (going, state))
+            sound = torch.stack([torch.isfinite(state[name]).all(1) for name in ("delta", "m", "v")]).all(0)
+            parts = ((finished, known), ([row for row in going if sound[row]], state))
             self.store.add(*(([self.keys[chosen[row]] for row in rows], pick(of, rows)) for rows, of in parts))
         for row in finished:
             self.flying.pop(chosen[row], None)
@@ -271,10 +269,3 @@ class _Run:
         if now > self.said:
             self.said = now
             self.progress(now, self.total)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU, or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        said in str(error) for said in ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )

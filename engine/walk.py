@@ -4,6 +4,9 @@ there, and with a block's MLP output projection put off until its weight is sett
 What the model calls a block with beside the hidden states (masks, rotary angles, positions) is recorded once, from one
 row: rows begin at column 0, so it serves any number of rows, and cut to their length also shorter ones. They are padded
 on the right: under causal attention no real token sees the padding.
+
+A model may be placed on several devices: what a block gives is on the block's own, and accelerate's hooks bring there
+what the next one is called with.
 """
 
 from collections.abc import Sequence
@@ -36,7 +39,8 @@ class Parted:
     read: Tensor
 
     def at(self, position: Tensor) -> "Parted":
-        """One token of each row; position: [rows] int64. base and read become [rows, d]."""
+        """One token of each row; position: [rows] int64, on any device. base and read become [rows, d]."""
+        position = position.to(self.base.device)
         rows = torch.arange(len(position), device=position.device)
         return Parted(self.layer, self.base[rows, position], self.read[rows, position])
 

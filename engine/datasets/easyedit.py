@@ -10,7 +10,7 @@ def is_counterfact(record: Mapping[str, Any]) -> bool:
 
 def from_counterfact(record: Mapping[str, Any]) -> dict[str, Any]:
     """One record. Its neighbour is judged by the record's own true object, so one with another answer is left out."""
-    same = record["locality_ground_truth"] == record["ground_truth"]
+    same = record.get("locality_ground_truth") == record["ground_truth"]
     return {
         "id": record["case_id"],
         "subject": record["subject"],

@@ -40,12 +40,13 @@ def check(job: Job) -> None:
 def edit(job: Job, solve: Solve) -> Outcome:
     """Writes the layers provisionally through `job.put`. Raises `InputError` where anything is not a number."""
     model, hparams = job.model, job.hparams
-    rows = subject_rows(model.tokenizer, job.facts, (PLAIN, *job.contexts), model.max_length)
     job.moments(hparams.layers)  # collected now, on the unedited model
     with job.phases("values") as tick:
         values = optimise_values(
             model, job.facts, job.contexts, hparams, job.batch_size, tick, cache=job.cache, ranks=job.ranks
         )
+    with job.phases("keys"):
+        rows = subject_rows(model.tokenizer, job.facts, (PLAIN, *job.contexts), model.max_length)
     update, layers, asked, left = spread(job, rows, values.Z, solve)
     columns = fact_columns(values) | {
         "asked_residual": asked.tolist(),
@@ -83,7 +84,8 @@ def spread(
         if asked is None:
             asked = R.norm(dim=1)
         with job.phases("solve") as tick:
-            part, norm = R / (len(layers) - done), model.post_norm(layer)
+            # a placed model has its layers on several devices: R is on the last one's, the solve is on this one's
+            part, norm = (R / (len(layers) - done)).to(K.device), model.post_norm(layer)
             if norm is not None and found.given is not None:  # what the projection must add so that the block adds it
                 part = through_norm(norm, found.given, part)
             factors, info = solve(layer, K, part)

@@ -275,7 +275,7 @@ def test_a_list_of_something_unknown(tmp_path: Path) -> None:
         ({key: value for key, value in FLAT.items() if key != "rephrase_prompt"}, "rephrase_prompt"),
         ({**FLAT, "locality": {}}, "neighborhood"),
         ({**FLAT, "locality": []}, "TypeError"),
-        ({key: value for key, value in EASYEDIT.items() if key != "locality_ground_truth"}, "locality_ground_truth"),
+        ({key: value for key, value in EASYEDIT.items() if key != "case_id"}, "case_id"),
     ],
 )
 def test_a_published_record_that_is_none(tmp_path: Path, broken: dict[str, Any], message: str) -> None:

@@ -1,10 +1,15 @@
-"""Walking the layers once gives the keys and hidden states of the published procedure, in any memory."""
+"""Walking the layers once gives the keys and hidden states of the published procedure, in any memory, anywhere."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from alone import read_alone
 from hypothesis import given
 from hypothesis import strategies as st
+from second_device import SECOND, placed, two_devices
 from small_models import CONTEXTS, FACTS, FAMILIES, LAYERS, build, make, tokenizer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +49,26 @@ def change(model: rewire.Model, layer: int) -> None:
     weight = model.projection(layer).weight
     assert isinstance(weight, Tensor)
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(layer)).to(weight.dtype)
-    weight.add_(0.2 * noise * weight.norm() / noise.norm())
+    weight.add_(0.2 * noise.to(weight.device) * weight.norm() / noise.norm().to(weight.device))
+
+
+def walked(walk: KeyWalk, layers: tuple[int, ...]) -> tuple[list[Measured], Tensor]:
+    """All layers, each changed behind its measure, and H in the end."""
+    found = []
+    for layer in layers:
+        found.append(walk.measure(layer))
+        change(walk.model, layer)
+    return found, walk.hidden()
+
+
+def furthest(got: tuple[list[Measured], Tensor], exact: tuple[list[Measured], Tensor]) -> float:
+    """The largest relative difference of anything that was measured."""
+    off = [relative(got[1].cpu(), exact[1])]
+    for one, other in zip(got[0], exact[0], strict=True):
+        off += [relative(one.K.cpu(), other.K), relative(one.H.cpu(), other.H)]
+        if one.given is not None and other.given is not None:
+            off.append(relative(one.given.cpu(), other.given))
+    return max(off)
 
 
 def kept_bytes(walk: KeyWalk) -> int:
@@ -185,6 +209,126 @@ def test_facts_may_have_different_numbers_of_rows() -> None:
     for key, group in zip(K, rows, strict=True):
         each = read_alone(model, model.projection(1), group, entering=True)
         assert relative(key, key_weights(len(group) - 1) @ each) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize(("layers", "away"), [((0, 1), {2, 3}), ((1, 2, 3), {2, 3}), ((2,), {2}), ((0, 1, 3), {0, 1})])
+@pytest.mark.parametrize("room", [None, 0])
+def test_on_several_devices(family: str, layers: tuple[int, ...], away: set[int], room: int | None) -> None:
+    """Blocks here and there: the same keys, each where its layer is."""
+    model = make(family)
+    rows = rows_of(model, FACTS)
+    exact = walked(KeyWalk(model, rows, layers, 60, room), layers)
+    with two_devices():
+        model = placed(make(family), away)
+        found = walked(KeyWalk(model, rows, layers, 60, room), layers)
+        assert furthest(found, exact) < 1e-6
+    where = [SECOND if layer in away else torch.device("cpu") for layer in layers]
+    assert [measured.K.device for measured in found[0]] == where
+    assert [measured.given.device for measured in found[0] if measured.given is not None] in ([], where)
+    assert {measured.H.device for measured in found[0]} | {found[1].device} == {where[-1]}
+
+
+ERRORS = {
+    "GPU": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "CPU": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+}
+
+
+def starve(monkeypatch: pytest.MonkeyPatch, short: Callable[[Any], bool], error: Callable[[], Exception]) -> None:
+    """Every piece of work on a batch fails where `short` says so of its first argument that is a tensor."""
+
+    def starved(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if short(next(value for value in args if isinstance(value, Tensor) and value.ndim > 1)):
+                raise error()
+            return work(*args)
+
+        return run
+
+    for name in ("embed", "run_blocks", "part"):
+        monkeypatch.setattr(keys, name, starved(getattr(keys, name)))
+    add = keys.gather_mean_
+    monkeypatch.setattr(keys, "gather_mean_", lambda K, X, *rest: starved(lambda X: add(K, X, *rest))(X))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_out_of_memory_anywhere(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, at each piece of work in turn: nothing is added twice, left out, or taken from a weight as it was."""
+    layers = (0, 1, 3)
+    model = make(family)
+    rows = rows_of(model, FACTS)
+    monkeypatch.setattr(keys, "MOST_PADDED", 0)
+    walk = KeyWalk(model, rows, layers, 80)
+    assert min(len(batch.ids) for batch in walk._batches) > 1  # a single row that fails is the end
+    exact = walked(walk, layers)
+    calls = 0
+
+    def short(_: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls == fails
+
+    starve(monkeypatch, short, ERRORS["CPU"])
+    fails, calls, tried = 1, 1, 0
+    while calls >= fails:
+        calls = 0
+        walk = KeyWalk(make(family), rows, layers, 80)
+        assert furthest(walked(walk, layers), exact) < 1e-6, f"the {fails}th failed"
+        assert walk.done == walk.total
+        tried, fails = fails, fails + 1
+    assert tried > 30
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_memory_for_small_batches_only(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, layers, facts = make("llama"), (1, 2, 3), FACTS * 4
+    rows = rows_of(model, facts)
+    exact = walked(KeyWalk(model, rows, layers, 400), layers)
+    tried: list[int] = []
+
+    def short(tensor: Tensor) -> bool:
+        tried.append(tensor.shape[0] * tensor.shape[1])
+        return tried[-1] > 30
+
+    starve(monkeypatch, short, ERRORS[kind])
+    with caplog.at_level(logging.WARNING):
+        walk = KeyWalk(make("llama"), rows, layers, 400, room=10**9)
+        assert furthest(walked(walk, layers), exact) < 1e-6
+    assert max(tried) > 60  # so it takes two halvings, and is said once
+    assert sum(tokens > 30 for tokens in tried) < 8, "what comes behind a batch that fails is halved before it is tried"
+    assert caplog.text.count("out of memory") == 1
+    assert walk.done == walk.total == len(layers) * sum(map(len, rows))
+    assert [batch.plain for batch in walk._batches].count(True) > 1
+
+
+def test_what_is_kept_is_given_up_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where rows are run one by one, so that nothing else is left."""
+    model, layers = make("llama"), (1, 2, 3)
+    rows = rows_of(model, FACTS)
+    exact = walked(KeyWalk(model, rows, layers), layers)
+    for tokens in (1, 100):
+        walk = KeyWalk(make("llama"), rows, layers, tokens, room=10**9)
+        with monkeypatch.context() as patch:
+            starve(patch, lambda _: kept_bytes(walk) > 2000, ERRORS["GPU"])  # noqa: B023
+            assert furthest(walked(walk, layers), exact) < 1e-6
+        assert walk._room <= 2000
+
+
+def test_no_memory_for_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    starve(monkeypatch, lambda _: True, ERRORS["CPU"])
+    with pytest.raises(rewire.InputError, match=r"out of memory while the keys of 3 facts.*--dtype bfloat16"):
+        KeyWalk(model, rows_of(model, FACTS), (1, 2)).measure(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyWalk, "_nothing_yet", lambda *_: torch.empty(2**60))
+        with pytest.raises(rewire.InputError, match="out of memory while the keys of 3 facts"):
+            KeyWalk(model, rows_of(model, FACTS), (1, 2)).measure(1)
+    starve(monkeypatch, lambda _: True, lambda: RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        KeyWalk(model, rows_of(model, FACTS), (1, 2)).measure(1)
 
 
 def test_progress_goes_by_rows() -> None:

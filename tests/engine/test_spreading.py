@@ -1,22 +1,28 @@
-"""Spreading over layers with gaps: the update of the published procedure, through a norm too; what is told."""
+"""Spreading over layers with gaps: the update of the published procedure, through a norm too; what is told; where."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from alone import read_alone
+from second_device import SECOND, placed, two_devices
 from small_models import CONTEXTS, FACTS, NORMED, WIDTH, make
 from torch import Tensor
 
 import rewire
 from rewire.bench.serial import serial_hidden, serial_keys, serial_spread
 from rewire.engine.delta import EditedWeights, Factors, oriented
+from rewire.engine.editors import spreading
 from rewire.engine.editors.registry import Job
 from rewire.engine.editors.spreading import norm_of, spread
 from rewire.engine.hparams import Hparams
 from rewire.engine.phases import Phases, silent
 from rewire.engine.prompts import subject_rows
 from rewire.engine.solve import memit_update, through_norm
+from rewire.engine.suffix import verify
+from rewire.engine.walk import verify_walk
 
 LAYERS = (0, 1, 3)
 HPARAMS = Hparams(layers=LAYERS, v_num_grad_steps=2, v_lr=0.5, mom2_update_weight=2.0)
@@ -82,6 +88,52 @@ def test_through_a_norm_as_by_full_forwards(family: str) -> None:
         assert relative(update[model.anatomy.weight_name(layer)], factors.dense()) < 1e-4
         projection = model.projection(layer)
         projection.weight.add_(oriented(projection, factors.dense()))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("away", [{2, 3}, {0, 1}])
+@torch.no_grad()
+def test_on_several_devices(family: str, away: set[int]) -> None:
+    """Each layer is solved where its weight is."""
+    model = make(family)
+    Z, C = target(model), moments(model)
+    exact, _, asked, left = run(model, Z)
+    rows = subject_rows(model.tokenizer, FACTS, ("{}", *CONTEXTS), 96)
+    where = {}
+
+    def solve(layer: int, K: Tensor, R: Tensor) -> Any:
+        assert K.device == R.device
+        where[layer] = K.device
+        return memit_update(K.cpu(), R.cpu(), C[layer], 2.0)  # LAPACK knows no second device
+
+    with two_devices():
+        model = placed(make(family), away)
+        verify(model, LAYERS[-1])
+        verify_walk(model, LAYERS)
+        with EditedWeights(model).provisional() as put:
+            job = Job(model, FACTS, CONTEXTS, HPARAMS, Any, Any, Any, put, Phases(silent))
+            update, _, found_asked, found_left = spread(job, rows, Z, solve)
+        assert relative(found_asked.cpu(), asked) < 1e-5
+        assert relative(found_left.cpu(), left) < 1e-4
+        for name, change in exact.items():
+            assert relative(update[name].dense(), change) < 1e-4
+    assert where == {layer: SECOND if layer in away else torch.device("cpu") for layer in LAYERS}
+
+
+def test_rows_of_keys_are_not_held_while_values_are_optimised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made behind the values, and counted to the keys."""
+    phases = Phases(silent)
+
+    def rows(*_: Any) -> Any:
+        assert set(phases.seconds) == {"values"}
+        raise LookupError
+
+    monkeypatch.setattr(spreading, "optimise_values", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(spreading, "subject_rows", rows)
+    job = Job(make("gpt2"), FACTS, CONTEXTS, HPARAMS, lambda _: {}, Any, Any, Any, phases)
+    with pytest.raises(LookupError):
+        spreading.edit(job, Any)
+    assert set(phases.seconds) == {"values", "keys"}
 
 
 def test_what_is_told() -> None:

@@ -1,5 +1,6 @@
 """Values on disk: a run that was killed ends at the same bits, nothing is done twice, and no file is trusted."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rewire
 from rewire.engine.hparams import Hparams
 from rewire.engine.model import demo_file
-from rewire.engine.value_store import ENTERS, value_folder
+from rewire.engine.value_store import ENTERS, ValueStore, value_folder
 from rewire.engine.values import Values, _Run, optimise_values
 from rewire.kernels.errors import InputError
 
@@ -159,9 +160,71 @@ def test_the_folder_is_everything_that_a_value_depends_on(demo: rewire.Model) ->
     with torch.no_grad():  # one number of one weight, between those that the fingerprint reads
         demo.projection(4).weight[1, 3] += 1e-6  # type: ignore[index]
     others.append(folder())
+    with torch.no_grad():  # what a row's or a column's numbers are, in another order
+        weight = demo.projection(4).weight
+        for columns in (slice(None), slice(1, 2)):
+            weight[:, columns] = weight[:, columns].roll(1, dims=0)  # type: ignore[index, operator]
+            others.append(folder())
+        weight[2] = weight[2].roll(1)  # type: ignore[index, operator]
+        others.append(folder())
+    demo.hf.config.rope_theta = demo.hf.config.layer_norm_epsilon = 0.5  # whichever the family has
+    others.append(folder())
     demo.hf.bfloat16()
     others.append(folder())
     assert len({one, *others}) == len(others) + 1
+
+
+def file_of(folder: Path, name: str, **parts: tuple[list[str], dict[str, torch.Tensor]]) -> None:
+    tensors = {f"{part}/{column}": of for part, (_, table) in parts.items() for column, of in table.items()}
+    about = {"format": "1", "keys": json.dumps({part: keys for part, (keys, _) in parts.items()})}
+    save_file(tensors, folder / name, about)
+
+
+def states(*steps: int) -> dict[str, torch.Tensor]:
+    """Facts at some steps, each with that number everywhere."""
+    rows = torch.tensor(steps, dtype=torch.float32)
+    wide = {name: rows[:, None].repeat(1, 6) for name in ("delta", "m", "v", "h0", "first")}
+    return {**wide, "step": torch.tensor(steps), "first_nll": rows, "losses": rows[:, None].repeat(1, 9)}
+
+
+def test_the_furthest_state_counts_and_stays(tmp_path: Path) -> None:
+    """Whichever file is read first; also once they are merged into one, and where the fact is done by now."""
+    file_of(tmp_path, "round-a.safetensors", state=(["one", "two", "three"], states(2, 5, 1)))
+    file_of(tmp_path, "round-b.safetensors", state=(["one", "two"], states(5, 2)))
+    done = {"Z": torch.ones(1, 6), "h0": torch.ones(1, 6), "losses": torch.ones(1, 9), "steps": torch.tensor([7])}
+    done |= {name: torch.ones(1) for name in ("first_nll", "last_nll", "loss")}
+    file_of(tmp_path, "round-c.safetensors", done=(["three"], done))
+    abandoned, fresh = tmp_path / "round-d.safetensors.1.2.tmp", tmp_path / "round-e.safetensors.1.2.tmp"
+    for path in (abandoned, fresh):
+        path.write_text("half of it")
+    os.utime(abandoned, (0, 0))
+    store = ValueStore(tmp_path, 6, 9)
+    for _ in range(2):
+        finished, going = store.read(["one", "two", "three", "four"])
+        assert set(finished) == {"three"}
+        assert {key: int(row["step"]) for key, row in going.items()} == {"one": 5, "two": 5}
+        assert all(torch.equal(row["delta"], torch.full((1, 6), 5.0)) for row in going.values())
+        store.merge()
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert fresh.exists()
+    assert not abandoned.exists()
+
+
+def test_another_run_merges_while_this_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, step in (("a", 3), ("b", 4)):
+        file_of(tmp_path, f"round-{name}.safetensors", state=([name], states(step)))
+    store, own = ValueStore(tmp_path, 6, 9), ValueStore._rows
+    merged = False
+
+    def rows(self: ValueStore, path: Path, wanted: set[str] | None) -> Any:
+        nonlocal merged
+        if not merged:
+            merged = True
+            ValueStore(tmp_path, 6, 9).merge()
+        return own(self, path, wanted)
+
+    monkeypatch.setattr(ValueStore, "_rows", rows)
+    assert set(store.read(["a", "b"])[1]) == {"a", "b"}
 
 
 def damage(path: Path, kind: str) -> None:
@@ -178,8 +241,6 @@ def damage(path: Path, kind: str) -> None:
             tensors["done/Z"] = tensors["done/Z"][1:].clone()
         else:
             del tensors["done/losses"]
-        from safetensors.torch import save_file
-
         save_file(tensors, path, about)
 
 

@@ -141,10 +141,14 @@ def test_a_broken_model_is_named(demo: rewire.Model, facts: list[rewire.Fact]) -
 
 
 def test_bfloat16_stays_near(load: Callable[[str], rewire.Model], facts: list[rewire.Fact]) -> None:
-    """One step in bf16: delta and loss are float32, so only the model's own rounding is seen."""
-    model = load("demo")
-    full = optimise_values(model, facts, CONTEXTS, quick(v_num_grad_steps=2))
+    """Deltas and losses are float32, so only the model's own rounding is seen: the way is the same."""
+    model, hparams = load("demo"), quick(v_num_grad_steps=8)
+    full = optimise_values(model, facts, CONTEXTS, hparams)
     model.hf.bfloat16()
-    half = optimise_values(model, facts, CONTEXTS, quick(v_num_grad_steps=2))
+    half = optimise_values(model, facts, CONTEXTS, hparams)
     assert half.Z.dtype == torch.float32
     assert torch.allclose(half.first_nll, full.first_nll, rtol=0.1, atol=0.1)
+    assert float((full.first_nll - full.last_nll).min()) > 0.5, "all have moved"
+    assert torch.allclose(half.first_nll - half.last_nll, full.first_nll - full.last_nll, rtol=0.1, atol=0.1)
+    moved, exact = half.Z - half.h0, full.Z - full.h0
+    assert float(torch.cosine_similarity(moved, exact).min()) > 0.98

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from second_device import SECOND, placed, two_devices
 from small_models import FAMILIES, GROUPED, LAYERS, VOCAB, build, make, tokenizer
 from torch import Tensor
 
@@ -101,6 +102,27 @@ def test_a_projection_put_off(family: str) -> None:
             changed = hidden_of(run_blocks(model, own[layer], calls, layer, layer + 1))
             assert relative(changed, own[layer + 1]) > 1e-3
             assert relative(real(parted.join(model)), real(changed)) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@torch.no_grad()
+def test_placed_on_several_devices(family: str) -> None:
+    """From one device to the other and back, in two parts on each, read at tokens that are named on the other."""
+    ids = token_rows()
+    position = torch.tensor(LENGTHS) - 1
+    exact = real(blocks_until(make(family), ids, LAYERS - 1))
+    with two_devices():
+        model = placed(make(family), {1, 3})
+        verify_walk(model, [0, 1, 3])
+        with fused(model):
+            calls, hidden = calls_until(model, LAYERS - 1, ids.shape[1]), embed(model, ids)
+            for layer in range(LAYERS):
+                parted = part(model, hidden, calls, layer)
+                hidden, at_end = parted.join(model), parted.at(position.to(ids.device)).join(model)
+                assert at_end.device == hidden.device == (SECOND if layer in (1, 3) else ids.device)
+                found = hidden.cpu()[torch.arange(len(position)), position]
+                assert relative(at_end.cpu(), found) < 1e-6
+        assert relative(real(hidden.cpu()), exact) < 1e-6
 
 
 @families
