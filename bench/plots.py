@@ -93,7 +93,8 @@ def plot_throughput(report: Mapping[str, Any], path: Path) -> None:
     """
     picture = _figure()(figsize=(8, 5), layout="constrained")
     phases = [phase for phase in report["phases"] if "seconds" in phase and phase["name"] != "evaluate"]
-    sides = [("Rewire", "seconds"), ("serial baseline", "serial_seconds")]
+    serial = f"serial baseline\n(from {report['serial_facts']} facts)"
+    sides = [("Rewire", "seconds"), (serial, "serial_seconds")]
     if all(phase.get("floor_seconds", 0) is not None for phase in phases):
         sides.append(("floor", "floor_seconds"))
     axes = picture.add_subplot()
@@ -107,7 +108,7 @@ def plot_throughput(report: Mapping[str, Any], path: Path) -> None:
         axes.text(
             number, total, f"{total:.3g} s" + (f"\n{ratio:.1f} times" if number == 0 else ""), ha="center", va="bottom"
         )
-    axes.margins(y=0.15)
+    axes.set_ylim(0, 1.2 * max(bottoms))  # room for what stands above
     axes.set_ylabel("seconds per fact")
     about = f"{report['facts']} facts, layers {report['layers']}, {report['rows'][0]['dtype']}"
     axes.set_title(f"{report['model']}: {about}\n{report['about']['device']}", fontsize=9)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ..engine.datasets import read_facts
 from ..engine.facts import Fact
 from ..engine.hparams import Hparams, load_hparams
 from ..engine.model import Model, demo_file
 from ..kernels.errors import InputError
+from ..stats.memory import free_bytes
 from .stats import random_model
 
 
@@ -100,6 +101,14 @@ def shaped_model(
     """
     shape = find_shape(name)
     config = CONFIG_MAPPING[shape.kind](**(sizes or shape.sizes))
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=dtype).parameters())
+    needed, free = weights * dtype.itemsize, free_bytes(torch.device(device))
+    if needed > free and device != "meta":
+        raise InputError(
+            f"--config {name}: its weights take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, "
+            f"{free / 2**30:.1f} GiB are free; expected room for them: try a smaller shape, or --dtype bfloat16"
+        )
     return random_model(config, f"{name} by its shape, random weights", device, dtype)
 
 

@@ -57,6 +57,7 @@ def bench_throughput(
     sample = [facts[number] for number in chosen]
     moments = {layer: synthetic_moment(model, sample[:2], contexts, layer) for layer in hparams.layers}
     setup = Setup(model, contexts, hparams, moments, batch_size)
+    here = about(model.device)
     edited(setup, sample[:1], silent)  # warm
     with frozen(model):
         serial_value(model, sample[0], contexts, hparams)
@@ -87,7 +88,10 @@ def bench_throughput(
         "steps": sum(steps) / len(steps),
         "rows": [],
         "phases": [],
-        "about": about(model.device),
+        "hparams": hparams.model_dump(mode="json"),
+        "batch_size": batch_size,
+        "rates": {f"{row['name']} {row['dtype']}": row["rate"] for row in ceilings.rows},
+        "about": here,
     }
     if passed:
         result["phases"] = _phases(setup, facts, steps, runs, compared, ceilings)

@@ -32,7 +32,8 @@ Impl = Annotated[str, typer.Option(help="What serves the kernels: auto, torch or
 Seed = Annotated[int, typer.Option(help="Seed of the sampled context templates.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N records only.")]
 BatchSize = Annotated[
-    str, typer.Option(metavar="auto|N", help="Facts optimised at once; auto: as the free memory allows and is of use.")
+    str,
+    typer.Option(metavar="auto|N", help="Facts optimised at once, by each process; auto: by the free memory."),
 ]
 Stats = Annotated[Path | None, typer.Option(help="Folder of second moments (ours, or the ecosystem's npz).")]
 Contexts = Annotated[Path | None, typer.Option(help="JSON file of context templates; default: sampled from the model.")]

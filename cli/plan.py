@@ -17,7 +17,9 @@ def plan(
     facts: Annotated[
         Path | None, typer.Argument(metavar="[FACTS]", help="Facts: .jsonl, .csv, or a published data set (.json).")
     ] = None,
-    count: Annotated[int, typer.Option("--facts", min=1, help="How many, where no file is given.")] = 100,
+    count: Annotated[
+        int | None, typer.Option("--facts", min=1, help="How many (the first of the file's); default: all, or 100.")
+    ] = None,
     method: Annotated[str, typer.Option(help="Editing method: memit or alphaedit.")] = "memit",
     preset: common.Preset = None,
     settings: common.Settings = None,
@@ -41,7 +43,7 @@ def plan(
     from ..engine.plan import Texts, plan, rated_dtypes
 
     kind = find_method(method).hparams
-    texts = Texts(count) if facts is None else Texts.of(read_facts(facts))
+    texts = Texts(count or 100) if facts is None else Texts.of(read_facts(facts, count))
     found = outline(model, dtype, quantize, device)
     hparams, source = load_hparams(kind, method, found.name, found.anatomy, preset, parse_overrides(settings or []))
     rates = quick(found.device, rated_dtypes(found))

@@ -137,8 +137,7 @@ def load(
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{source}: cannot be loaded as a causal LM: {reason}") from None
+        raise InputError(f"{source}: {why_not(error, 'cannot be loaded as a causal LM')}") from None
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if missing:
         raise InputError(f"{source}: its checkpoint is incomplete: {len(missing)} weights missing, {missing[0]} first")
@@ -233,6 +232,14 @@ def pick_device(device: str) -> str:
     except RuntimeError as error:
         raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def why_not(error: Exception, otherwise: str) -> str:
+    """Why a model, or its config, is not there, in one line."""
+    reason = " ".join(str(error).split())
+    if "couldn't connect to" in reason or "offline mode" in reason:
+        return "no such folder, not in the hub's cache, and the hub cannot be reached; name a folder with the model"
+    return f"{otherwise}: {reason[:300]}"
 
 
 def _refuse_other_tasks(source: str, config: Any) -> None:

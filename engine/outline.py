@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..kernels.errors import InputError
 from ..kernels.floors import ModelShape, Reach
 from .anatomy import find_anatomy, widths
-from .model import DEMO, DTYPES, QUANTIZE, Model, demo_file, pick_device
+from .model import DEMO, DTYPES, QUANTIZE, Model, demo_file, pick_device, why_not
 
 ATTENTION_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 BLOCK = 64  # weights that share a scale where they have 4 bits
@@ -131,8 +131,7 @@ def outline(
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{source}: its config is not that of a causal LM: {reason}") from None
+        raise InputError(f"{source}: {why_not(error, 'its config is not that of a causal LM')}") from None
     return Outline(hf, DEMO if name == "demo" else name, place, kind)
 
 

@@ -5,7 +5,9 @@ padding, and nothing is read from padded positions. Passes stop behind the last 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,8 +21,12 @@ from .model import Model
 from .prompts import CONTEXT_TOKENS, CONTEXT_TOP_K, SEED_WORDS, Row, clean_context, pad, prompt_ids
 
 MEMORY_SHARE = 0.4  # of the free memory that a batch may take
+MOST_WORKERS = 8  # threads that run Python
 CPU_TOKENS = 1024  # larger batches leave the caches (docs/benchmarks.md)
 GPU_TOKENS = 65536
+
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 class Stop(Exception):
@@ -67,6 +73,32 @@ def fused(model: Model) -> Iterator[None]:
         finally:
             for module, name, child in spelled_out:
                 setattr(module, name, child)
+
+
+@contextlib.contextmanager
+def in_threads(device: torch.device) -> Iterator[Map]:
+    """A `map` whose calls run side by side on a CPU, each on its share of the cores: small products do not fill many.
+
+    On a GPU, where torch has one thread, and for too few calls, it is the builtin one.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, MOST_WORKERS)
+    if device.type != "cpu" or workers < 2:
+        yield map
+        return
+    chosen = contextvars.copy_context()  # what serves the operations
+    with ThreadPoolExecutor(workers, "part", torch.set_num_threads, (threads // workers,)) as pool:
+
+        def side_by_side(call: Callable[[Any], Any], each: Iterable[Any]) -> Iterator[Any]:
+            each = list(each)
+            if len(each) < workers:
+                return map(call, each)
+            return pool.map(lambda one: chosen.copy().run(call, one), each)
+
+        try:
+            yield side_by_side
+        finally:
+            torch.set_num_threads(threads)  # it is also what threads that begin later have
 
 
 @contextlib.contextmanager

@@ -350,7 +350,8 @@ def _warn_of_contradictions(facts: Sequence[Fact]) -> None:
         targets.setdefault(fact.question, set()).add(fact.target_new)
     twice = [question for question, asked in targets.items() if len(asked) > 1]
     if twice:
-        log.warning("several new objects are asked of one prompt (%d times, %r first): none wins", len(twice), twice[0])
+        count = "1 prompt" if len(twice) == 1 else f"{len(twice)} prompts"
+        log.warning("several new objects are asked of %s (first: %r): the facts contradict, none wins", count, twice[0])
 
 
 def versions() -> dict[str, str | None]:

@@ -6,7 +6,8 @@ Loss of a fact (MEMIT, arXiv 2210.07229, as published):
   + v_weight_decay |delta| / |h0|^2
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..kernels.target_nll import target_nll
 from .hparams import Hparams
 from .model import Model
+from .passes import Map
 from .value_groups import Group
 
 STOP_LOSS = 0.05
@@ -56,19 +58,14 @@ def fresh(h0: Tensor, first: torch.dtype, forwards: int) -> Table:
     }
 
 
-def run_round(
-    model: Model,
-    groups: list[Group],
-    state: Table,
-    hparams: Hparams,
-    leave: int,
-    tick: Callable[[float], None],
-) -> tuple[Tensor, Table, Table]:
-    """Steps until at most `leave` facts still go: (done: [n] bool, what is known of each, the state of each).
+def run_steps(
+    model: Model, groups: list[Group], state: Table, hparams: Hparams, in_parallel: Map = map
+) -> Iterator[tuple[Tensor, Table, Table]]:
+    """Behind each step (done: [n] bool, what is known of each fact, the state of each), until all facts are done.
 
     Facts that are done leave at once, and never move again. What is known counts where a fact is done, the state where
     it is not; `state` itself stays as it was. groups: of these facts; the list shrinks as they leave.
-    tick: called at each step with how many facts are done, those that go counting by their steps
+    in_parallel: a `map` over groups
     """
     delta, m, v, h0, step = (state[name] for name in ("delta", "m", "v", "h0", "step"))
     first, losses, first_nll = state["first"].clone(), state["losses"].clone(), state["first_nll"]
@@ -76,17 +73,11 @@ def run_round(
     decay = hparams.v_weight_decay / h0.norm(dim=1) ** 2
     last_nll = torch.zeros_like(first_nll)
     going = torch.ones_like(step, dtype=torch.bool)
-    while True:
+    while going.any():
         final = going & (step == hparams.v_num_grad_steps - 1)  # their last forward is only looked at
-        finals = bool(final.any())
-        nll, kl, gradient = torch.zeros_like(first_nll), torch.zeros_like(first_nll), torch.zeros_like(delta)
-        for number, group in enumerate(groups):
-            groups[number] = group = group.only(going)
-            if finals:
-                looked = group.only(final)
-                _add_loss(model, looked, delta, step == 0, first, hparams.kl_factor, nll, kl, None)
-                groups[number] = group = group.only(~final)
-            _add_loss(model, group, delta, step == 0, first, hparams.kl_factor, nll, kl, gradient)
+        work = partial(_part, model, hparams.kl_factor, delta, first, step == 0, going, final if final.any() else None)
+        groups[:], *parts = zip(*in_parallel(work, groups), strict=True)
+        nll, kl, gradient = (torch.stack(part).sum(0) for part in parts)
         groups[:] = [group for group in groups if len(group.fact)]
         norm = delta.norm(dim=1)
         loss = nll + hparams.kl_factor * kl + decay * norm
@@ -105,21 +96,17 @@ def run_round(
             torch.where(going[:, None], new, old) for new, old in ((moved, delta), (moved_m, m), (moved_v, v))
         )
         step = step + going
-        done = torch.where(going, step / hparams.v_num_grad_steps, torch.ones_like(nll))
-        tick(float(done.sum()))
-        if int(going.sum()) <= leave:
-            break
-    known = {
-        "Z": h0 + delta,
-        "h0": h0,
-        "first_nll": first_nll,
-        "last_nll": last_nll,
-        "loss": losses[row, step],
-        "steps": step,
-        "losses": losses,
-    }
-    now = {"delta": delta, "m": m, "v": v, "h0": h0, "first": first, "step": step}
-    return ~going, known, now | {"first_nll": first_nll, "losses": losses}
+        known = {
+            "Z": h0 + delta,
+            "h0": h0,
+            "first_nll": first_nll,
+            "last_nll": last_nll,
+            "loss": losses[row, step],
+            "steps": step,
+            "losses": losses,
+        }
+        now = {"delta": delta, "m": m, "v": v, "h0": h0, "first": first, "step": step}
+        yield ~going, known, now | {"first_nll": first_nll, "losses": losses}
 
 
 def adam(delta: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: float) -> Tensor:
@@ -128,6 +115,29 @@ def adam(delta: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: float) -> Tensor
     share = step.double()[:, None]
     rate, scale = lr / (1 - BETA1**share), 1 - BETA2**share
     return delta - rate.to(delta.dtype) * m / ((v / scale.to(v.dtype)).sqrt() + EPS)
+
+
+def _part(
+    model: Model,
+    kl_factor: float,
+    delta: Tensor,
+    first: Tensor,
+    new: Tensor,
+    going: Tensor,
+    final: Tensor | None,
+    group: Group,
+) -> tuple[Group, Tensor, Tensor, Tensor]:
+    """What is left of a group, and its part of each fact's nll and KL ([facts]) and of their gradient ([facts, d]).
+
+    final: [facts] bool, those that are only looked at, and leave; None: none is
+    """
+    nll, kl, gradient = (torch.zeros_like(of) for of in (delta[:, 0], delta[:, 0], delta))
+    group = group.only(going)
+    if final is not None:
+        _add_loss(model, group.only(final), delta, new, first, kl_factor, nll, kl, None)
+        group = group.only(~final)
+    _add_loss(model, group, delta, new, first, kl_factor, nll, kl, gradient)
+    return group, nll, kl, gradient
 
 
 def _add_loss(

@@ -169,8 +169,8 @@ class ValueStore:
             write_whole(path, lambda file: file.write(content))
         except OSError as error:
             self.writable = False
-            why = error.strerror or error
-            log.warning("%s: cannot be written to (%s): values are not kept; set REWIRE_CACHE", self.folder, why)
+            said = "%s: cannot be written to (%s): values are not kept; set REWIRE_CACHE to another folder"
+            log.warning(said, self.folder, error.strerror or error)
             return False
         return True
 

@@ -7,10 +7,12 @@ at label rows only.
 
 Facts come in an order by the shape of their rows, and are worked on in rounds: so many are in flight, those that are
 done leave at once, and when few are left, waiting ones take the free places and all are laid out anew. So what a run
-does depends on nothing but its facts: killed and started again, it goes on from the last round to the same bits.
+does depends on nothing but its facts: killed and started again, it goes on from the last round to the same bits. (From
+the middle of a round, which is kept each minute and when it is interrupted, to rounding: others are beside it then.)
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,16 +26,17 @@ from ..stats.ranks import ALONE, Ranks
 from .facts import Fact
 from .hparams import Hparams
 from .model import Model
-from .passes import fused, out_of_memory
+from .passes import Map, fused, in_threads, out_of_memory
 from .prompts import PLAIN, fact_rows, kl_rows
 from .suffix import Calls, record_calls
 from .value_groups import lay_out, size_for
 from .value_steps import STOP_LOSS as STOP_LOSS
-from .value_steps import Table, fresh, pick, run_round, stack
+from .value_steps import Table, fresh, pick, run_steps, stack
 from .value_store import ValueStore, fact_key
 
 log = logging.getLogger("rewire")
 
+SAVE_SECONDS = 60.0  # a longer round is put on disk so often on the way
 # of the facts in flight, those that are left when a round ends: what is carried over is laid out again, which costs a
 # fact some 2 steps; groups of so few facts are still about full
 LEFT = 8
@@ -161,16 +164,20 @@ class _Run:
         self.place = {fact: at for at, fact in enumerate(self.order)}
         self.mine = self.order[ranks.rank :: ranks.world]
         self.size = size_for(model, self.z_layer, len(contexts) + 2, self.longest, batch_size)
+        self.in_parallel: Map = map
         self.capacity, self.said, self.said_of_memory = 0, -1, False
         self.total = len(facts)
         self.store = cache and ValueStore(cache, model.anatomy.d_model, hparams.v_num_grad_steps)
         self.done: dict[int, Table] = {}
         self.flying: dict[int, Table] = {}
+        self.saved: set[int] = set()  # facts that this run has put on disk
         if self.store:
             number = {keys[fact]: fact for fact in self.mine}
             done, states = self.store.read(list(number))
             self.done = {number[key]: row | {"cached": torch.ones(1, dtype=torch.bool)} for key, row in done.items()}
             self.flying = {number[key]: row for key, row in states.items()}
+            if len(self.done) < len(self.mine) and (self.done or self.flying):
+                log.warning("values: %d of %d are on disk; going on with the others", len(self.done), len(self.mine))
 
     def _shape(self, fact: int) -> tuple[int, int, int]:
         """Facts that are in flight together have rows of like lengths; the longest come first."""
@@ -199,7 +206,7 @@ class _Run:
         self._say(len(self.done))
         if not waiting and not self.flying:
             return
-        with fused(self.model):
+        with fused(self.model), in_threads(self.model.device) as self.in_parallel:
             calls = record_calls(self.model, self.z_layer, self.longest)
             while waiting or self.flying:
                 carried = sorted(self.flying, key=self.place.__getitem__)[: self.size.facts]
@@ -227,7 +234,7 @@ class _Run:
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
             return False
-        self.capacity = max(self.capacity, self.size.facts)
+        self.capacity = max(self.capacity, len(chosen))
         self._keep(chosen, *made)
         return True
 
@@ -240,18 +247,46 @@ class _Run:
             carried = stack([self.flying[chosen[row]] for row in rows])
             for name, column in state.items():
                 column[rows] = carried[name].to(column.device)
-        others = len(self.done)
-        return run_round(self.model, groups, state, self.hparams, leave, lambda done: self._say(others + done))
+        others, saved = len(self.done), time.monotonic()
+        latest: tuple[Tensor, Table, Table] | None = None
+        try:
+            for latest in run_steps(self.model, groups, state, self.hparams, self.in_parallel):
+                done, _, now = latest
+                shares = torch.where(done, 1.0, now["step"] / self.hparams.v_num_grad_steps)
+                self._say(others + float(shares.sum()))
+                if int((~done).sum()) <= leave:
+                    break
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self._save(chosen, *latest)
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            if self.store and latest is not None:
+                self._save(chosen, *latest)
+                if self.store.writable:
+                    there = others + int(latest[0].sum())
+                    log.warning("%d of %d values are on disk, and how far others are", there, len(self.mine))
+            raise
+        assert latest is not None
+        return latest
+
+    def _save(self, chosen: list[int], done: Tensor, known: Table, state: Table) -> None:
+        """Puts on disk what a round has so far; what has a loss that is no number, or such a state, is left out."""
+        if not self.store:
+            return
+        good = torch.isfinite(known["loss"]) & torch.isfinite(known["Z"]).all(1)
+        sound = torch.stack([torch.isfinite(state[name]).all(1) for name in ("delta", "m", "v")]).all(0)
+        finished, going = ((mask & whole).nonzero()[:, 0].tolist() for mask, whole in ((done, good), (~done, sound)))
+        finished = [row for row in finished if chosen[row] not in self.saved]
+        parts = ((finished, known), (going, state))
+        self.store.add(*(([self.keys[chosen[row]] for row in rows], pick(of, rows)) for rows, of in parts))
+        self.saved.update(chosen[row] for row in finished)
 
     def _keep(self, chosen: list[int], done: Tensor, known: Table, state: Table) -> None:
         """Puts a round's results away. Raises `InputError` for a loss that is no number; the others are kept then."""
+        self._save(chosen, done, known, state)
         done, known, state = done.cpu(), {k: v.cpu() for k, v in known.items()}, {k: v.cpu() for k, v in state.items()}
         good = torch.isfinite(known["loss"]) & torch.isfinite(known["Z"]).all(1)
         finished, going, broken = (mask.nonzero()[:, 0].tolist() for mask in (done & good, ~done, done & ~good))
-        if self.store:
-            sound = torch.stack([torch.isfinite(state[name]).all(1) for name in ("delta", "m", "v")]).all(0)
-            parts = ((finished, known), ([row for row in going if sound[row]], state))
-            self.store.add(*(([self.keys[chosen[row]] for row in rows], pick(of, rows)) for rows, of in parts))
         for row in finished:
             self.flying.pop(chosen[row], None)
             self.done[chosen[row]] = pick(known, [row]) | {"cached": torch.zeros(1, dtype=torch.bool)}

@@ -97,8 +97,8 @@ class Derived:
         try:
             write_whole(path, lambda file: _fill(file, tensors, about))
         except OSError as error:
-            reason = f"cannot be written to ({error}): factors are made anew each time; set REWIRE_CACHE"
-            self._warn_once(str(self.folder), reason)
+            reason = f"cannot be written to ({error.strerror or error}): factors are made anew each time"
+            self._warn_once(str(self.folder), f"{reason}; set REWIRE_CACHE to another folder")
 
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self._said:

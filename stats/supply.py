@@ -215,5 +215,6 @@ def _keep(folder: Path, layer: str, moment: Moment, request: Request, must: bool
                 f"{error.filename or folder}: cannot be written ({error.strerror}); the last checkpoint is kept in "
                 f"{folder}: free some space and run the same command again, it goes on from there"
             ) from None
-        log.warning("%s: cannot be written to (%s): these statistics are not kept; set REWIRE_CACHE", folder, error)
+        said = "%s: cannot be written to (%s): these statistics are not kept; set REWIRE_CACHE to another folder"
+        log.warning(said, folder, error.strerror or error)
         return None

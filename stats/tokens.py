@@ -123,8 +123,8 @@ class TokenRows:
             write_whole(self._path(number), lambda file: np.savez(file, **members))  # type: ignore[arg-type]
         except OSError as error:
             self._writable = False
-            why = error.strerror or error
-            log.warning("%s: cannot be written to (%s): token rows are not kept; set REWIRE_CACHE", self._folder, why)
+            said = "%s: cannot be written to (%s): token rows are not kept; set REWIRE_CACHE to another folder"
+            log.warning(said, self._folder, error.strerror or error)
 
     def _load(self, number: int) -> list[np.ndarray] | None:
         if self._folder is None or not (path := self._path(number)).is_file():

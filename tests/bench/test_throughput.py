@@ -267,3 +267,12 @@ def test_made_facts_differ_and_stay() -> None:
     assert all(fact.subject in text for fact in facts for text in fact.paraphrases)
     with pytest.raises(rewire.kernels.errors.InputError, match=r"--facts 100000: \d+ can be made"):
         shapes.made_facts(100_000)
+
+
+def test_a_shape_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is made."""
+    monkeypatch.setattr("rewire.bench.shapes.free_bytes", lambda device: 10 * 2**30)
+    monkeypatch.setattr("rewire.bench.shapes.random_model", lambda *_: pytest.fail("made"))
+    said = r"--config llama-3-8b: its weights take 29.9 GiB in float32, 10.0 GiB are free"
+    with pytest.raises(rewire.kernels.errors.InputError, match=said):
+        shapes.shaped_model("llama-3-8b", "cpu")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_the_values_come_from_the_cache(edit: Command, tmp_path: Path) -> None:
     first = edit("--no-evaluate", "--json")
     assert first.status == 0, first.err
     values = first.json["values"]
-    assert (values["facts"], values["optimised"], values["cached"], values["capacity"]) == (3, 3, 0, 64)
+    assert (values["facts"], values["optimised"], values["cached"], values["capacity"]) == (3, 3, 0, 3)
     assert values["facts_per_second"] == pytest.approx(3 / values["seconds"], rel=1e-2)
     assert report(tmp_path / "out")["values"] == values
     assert not any(fact["cached"] for fact in report(tmp_path / "out")["facts"])
@@ -69,7 +70,7 @@ def test_an_edited_model_has_values_of_its_own(demo: rewire.Model) -> None:
 def test_killed_and_started_again(
     tmp_path: Path, preset: Path, contexts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The delta is that of an edit that was never killed; so is Ctrl-C's, which says so."""
+    """The delta is that of an edit that was never killed; Ctrl-C says how much is there, also in a round."""
     cache = Path(os.environ["REWIRE_CACHE"]) / "values"
     words = ("edit", "demo", FACTS, "--preset", preset, "--contexts", contexts, "--limit", 40, "--no-evaluate", *STEPS)
     words = (*words, "--batch-size", 8, "--out")
@@ -82,7 +83,9 @@ def test_killed_and_started_again(
         _, err = process.communicate(timeout=60)
         assert process.returncode == status, err
         assert not (tmp_path / "often").exists()
-    assert err.splitlines()[-1] == f"rewire: {cli.INTERRUPTED}"
+    *_, there, said = err.splitlines()
+    assert said == f"rewire: {cli.INTERRUPTED}"
+    assert re.fullmatch(r"rewire: \d+ of 40 values are on disk, and how far others are", there)
     assert "goes on" in cli.INTERRUPTED
     process = start(*words, tmp_path / "often")
     assert process.wait(timeout=100) == 0
@@ -92,7 +95,8 @@ def test_killed_and_started_again(
     assert process.wait(timeout=100) == 0
     assert report(tmp_path / "once")["values"]["cached"] == 0
     once, often = updates(tmp_path / "once"), updates(tmp_path / "often")
-    assert all(torch.equal(once[name], often[name]) for name in once)
+    for name, change in once.items():  # the rows of a round that was interrupted have others beside them now
+        assert float((often[name] - change).norm() / change.norm()) < 1e-4
 
 
 def test_two_processes(tmp_path: Path, preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,4 +135,4 @@ def test_a_batch_size_that_is_none(edit: Command, size: str, tmp_path: Path) -> 
 
 def test_a_batch_size_of_auto(edit: Command) -> None:
     done = edit("--no-evaluate", "--json", "--batch-size", "auto")
-    assert done.json["values"]["capacity"] == 64
+    assert done.json["values"]["capacity"] == 3, "as many as there are"

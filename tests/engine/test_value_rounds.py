@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,22 @@ from hypothesis import strategies as st
 
 import rewire
 from rewire.bench.serial import serial_value
+from rewire.engine import value_steps
 from rewire.engine import values as module
 from rewire.engine.hparams import Hparams
 from rewire.engine.model import demo_file
 from rewire.engine.passes import frozen
 from rewire.engine.value_groups import Size, fact_bytes, lay_out, partition, size_for, token_bytes
 from rewire.engine.values import STOP_LOSS, fact_columns, optimise_values, summary
+from rewire.kernels.dispatch import recording, using
 from rewire.kernels.errors import InputError
 
 CONTEXTS = ("The harbour is near the gate. {}", "Because the lamp was out. {}")
 HPARAMS = Hparams(layers=(1, 2), v_num_grad_steps=6, v_lr=0.2, clamp_norm_factor=3.0)
+
+EARLY = Hparams(  # facts stop early, each at its own step
+    layers=(1, 2), v_num_grad_steps=20, v_lr=0.15, clamp_norm_factor=20.0, kl_factor=0.02, v_weight_decay=0.0
+)
 
 
 @pytest.fixture
@@ -125,6 +132,69 @@ def test_no_memory_for_one_fact(demo: rewire.Model, facts: list[rewire.Fact], mo
     monkeypatch.setattr(module, "lay_out", starved(0, ERRORS["CPU"]))
     with pytest.raises(InputError, match=r"out of memory while the value of a single fact.*--dtype bfloat16"):
         optimise_values(demo, facts, CONTEXTS, HPARAMS)
+
+
+@pytest.mark.parametrize("saving", ["at each step", "when it is interrupted"])
+def test_the_middle_of_a_round_is_kept(
+    demo: rewire.Model,
+    facts: list[rewire.Fact],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    saving: str,
+) -> None:
+    """Killed, or interrupted, it goes on from the last step, done facts and all."""
+    whole = optimise_values(demo, facts, CONTEXTS, EARLY)
+    steps = sorted(whole.steps.tolist())
+    middle = steps[len(steps) // 2]
+    assert steps[0] < middle < steps[-1]
+    own = module.run_steps
+
+    def cut_off(*words: Any) -> Any:
+        for number, found in enumerate(own(*words)):
+            if number == middle + 1:
+                raise KeyboardInterrupt
+            yield found
+
+    if saving == "at each step":
+        monkeypatch.setattr(module, "SAVE_SECONDS", -1.0)
+        monkeypatch.setattr(module.log, "warning", lambda *_: exit("killed"))
+    monkeypatch.setattr(module, "run_steps", cut_off)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        optimise_values(demo, facts, CONTEXTS, EARLY, cache=tmp_path)
+    monkeypatch.undo()
+    done = sum(step <= middle for step in steps)
+    if saving != "at each step":
+        assert f"{done} of {len(facts)} values are on disk" in caplog.text
+    forwards = []
+    monkeypatch.setattr(module, "run_steps", lambda *words: (forwards.append(found) or found for found in own(*words)))
+    again = optimise_values(demo, facts, CONTEXTS, EARLY, cache=tmp_path)
+    assert int(again.cached.sum()) == done
+    assert len(forwards) == steps[-1] - middle, "none of the steps was made again"
+    assert torch.equal(again.steps, whole.steps)
+    assert torch.allclose(again.Z, whole.Z, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(again.losses, whole.losses, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_groups_share_the_cores(demo: rewire.Model, facts: list[rewire.Fact], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on a thread of its own, to the same values; the operations are served, and counted, as outside."""
+    monkeypatch.setattr("rewire.engine.value_groups.CPU_TOKENS", 24)
+    threads, names = torch.get_num_threads(), set()
+    own = value_steps._part
+    monkeypatch.setattr(value_steps, "_part", lambda *w: names.add(threading.current_thread().name) or own(*w))
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with using("torch"), recording() as served:
+                found.append(optimise_values(demo, facts, CONTEXTS, HPARAMS))
+            assert served["target_nll", "torch"] > HPARAMS.v_num_grad_steps
+            assert torch.get_num_threads() == count
+            assert len(names) == 2 * count - 1, "the main thread, and then two more"
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0].steps, found[1].steps)
+    assert torch.allclose(found[0].Z, found[1].Z, rtol=1e-5, atol=1e-5)
 
 
 def test_another_error_goes_through(
