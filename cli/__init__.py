@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 INTERRUPTED = (
-    "interrupted; no edit was written. The same command goes on: statistics being collected from their last "
+    "interrupted; no edit was written. Given again, the same command goes on: statistics go on from their last "
     "checkpoint, if any, values from those that are on disk"
 )
 

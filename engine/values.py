@@ -171,6 +171,7 @@ class _Run:
         self.done: dict[int, Table] = {}
         self.flying: dict[int, Table] = {}
         self.saved: set[int] = set()  # facts that this run has put on disk
+        self.latest: tuple[list[int], Tensor, Table, Table] | None = None  # of the round under way, its last step
         if self.store:
             number = {keys[fact]: fact for fact in self.mine}
             done, states = self.store.read(list(number))
@@ -206,17 +207,21 @@ class _Run:
         self._say(len(self.done))
         if not waiting and not self.flying:
             return
-        with fused(self.model), in_threads(self.model.device) as self.in_parallel:
-            calls = record_calls(self.model, self.z_layer, self.longest)
-            while waiting or self.flying:
-                carried = sorted(self.flying, key=self.place.__getitem__)[: self.size.facts]
-                room = self.size.facts - len(carried)
-                chosen = sorted([*carried, *waiting[:room]], key=self.place.__getitem__)
-                leave = self.size.facts // LEFT if waiting[room:] else 0
-                if self._round_that_fits(chosen, leave, calls):
-                    waiting = waiting[room:]
-                else:
-                    self.size = self.size.halved()
+        try:
+            with fused(self.model), in_threads(self.model.device) as self.in_parallel:
+                calls = record_calls(self.model, self.z_layer, self.longest)
+                while waiting or self.flying:
+                    carried = sorted(self.flying, key=self.place.__getitem__)[: self.size.facts]
+                    room = self.size.facts - len(carried)
+                    chosen = sorted([*carried, *waiting[:room]], key=self.place.__getitem__)
+                    leave = self.size.facts // LEFT if waiting[room:] else 0
+                    if self._round_that_fits(chosen, leave, calls):
+                        waiting = waiting[room:]
+                    else:
+                        self.size = self.size.halved()
+        except KeyboardInterrupt:
+            self._interrupted()
+            raise
 
     def _round_that_fits(self, chosen: list[int], leave: int, calls: Calls) -> bool:
         """Whether there was enough memory; where not, everything is as before."""
@@ -248,26 +253,27 @@ class _Run:
             for name, column in state.items():
                 column[rows] = carried[name].to(column.device)
         others, saved = len(self.done), time.monotonic()
-        latest: tuple[Tensor, Table, Table] | None = None
-        try:
-            for latest in run_steps(self.model, groups, state, self.hparams, self.in_parallel):
-                done, _, now = latest
-                shares = torch.where(done, 1.0, now["step"] / self.hparams.v_num_grad_steps)
-                self._say(others + float(shares.sum()))
-                if int((~done).sum()) <= leave:
-                    break
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    self._save(chosen, *latest)
-                    saved = time.monotonic()
-        except KeyboardInterrupt:
-            if self.store and latest is not None:
-                self._save(chosen, *latest)
-                if self.store.writable:
-                    there = others + int(latest[0].sum())
-                    log.warning("%d of %d values are on disk, and how far others are", there, len(self.mine))
-            raise
-        assert latest is not None
-        return latest
+        self.latest = None
+        for found in run_steps(self.model, groups, state, self.hparams, self.in_parallel):
+            self.latest = chosen, *found
+            done, _, now = found
+            shares = torch.where(done, 1.0, now["step"] / self.hparams.v_num_grad_steps)
+            self._say(others + float(shares.sum()))
+            if int((~done).sum()) <= leave:
+                break
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self._save(*self.latest)
+                saved = time.monotonic()
+        return found
+
+    def _interrupted(self) -> None:
+        """Keeps what the round that was under way has, and says how much there is."""
+        if self.store:
+            if self.latest is not None:
+                self._save(*self.latest)
+            if self.store.writable:
+                there = len(self.saved | self.done.keys())
+                log.warning("%d of %d values are on disk, and how far others are", there, len(self.mine))
 
     def _save(self, chosen: list[int], done: Tensor, known: Table, state: Table) -> None:
         """Puts on disk what a round has so far; what has a loss that is no number, or such a state, is left out."""

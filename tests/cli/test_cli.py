@@ -257,4 +257,6 @@ def test_the_script_refuses_in_one_line(tmp_path: Path) -> None:
 def test_a_hub_model_that_is_not_there(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = complaint(run("inspect", "rewire-no-such-model"))
-    assert message.startswith("rewire-no-such-model: cannot be loaded as a causal LM: ")
+    assert message.startswith(
+        "rewire-no-such-model: no such folder, not in the hub's cache, and the hub cannot be reached"
+    )

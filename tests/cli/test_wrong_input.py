@@ -133,7 +133,7 @@ def test_options_that_are_wrong(edit: Command, run: Command) -> None:
     assert message.startswith("No such option: --nope")
     assert message.endswith("(see rewire edit --help)")
     assert complaint(edit("--seed", "abc")).startswith("Invalid value for '--seed': ")
-    assert complaint(edit("--batch-size", "0")).startswith("Invalid value for '--batch-size': ")
+    assert complaint(edit("--batch-size", "0")).startswith("--batch-size 0: expected auto, or a whole number")
     assert complaint(edit("--device", "gpu")) == ("device 'gpu' is unknown; expected auto, cpu, cuda or cuda:N")
     assert complaint(edit("--dtype", "float8")) == (
         "dtype 'float8' is unknown; expected auto, checkpoint, float32, bfloat16, float16"
