@@ -208,16 +208,21 @@ def verify(model: Model, layer: int) -> None:
     Checked: no token sees a later one; blocks replayed above `layer` give the model's own logits; what is added to the
     output of the projection, or of the norm behind it, arrives unscaled at the block's output.
     """
-    kind = model.anatomy.model_type
+    with frozen(model), unknown_family(model):
+        _verify(model, layer, model.anatomy.model_type)
+
+
+@contextlib.contextmanager
+def unknown_family(model: Model) -> Iterator[None]:
+    """Where the anatomy was guessed, what its blocks raise when they are run alone is an `InputError`."""
     try:
-        with frozen(model):
-            _verify(model, layer, kind)
+        yield
     except (InputError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         if model.anatomy.source == "family":
             raise
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        kind, reason = model.anatomy.model_type, " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise InputError(f"{kind}: its blocks cannot be run alone ({reason}): it cannot be edited yet") from error
 
 

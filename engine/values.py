@@ -289,8 +289,8 @@ class _Run:
 
     def _keep(self, chosen: list[int], done: Tensor, known: Table, state: Table) -> None:
         """Puts a round's results away. Raises `InputError` for a loss that is no number; the others are kept then."""
-        self._save(chosen, done, known, state)
         done, known, state = done.cpu(), {k: v.cpu() for k, v in known.items()}, {k: v.cpu() for k, v in state.items()}
+        self._save(chosen, done, known, state)
         good = torch.isfinite(known["loss"]) & torch.isfinite(known["Z"]).all(1)
         finished, going, broken = (mask.nonzero()[:, 0].tolist() for mask in (done & good, ~done, done & ~good))
         for row in finished:

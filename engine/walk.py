@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kernels.errors import InputError
 from .model import Model
 from .passes import Stop, blocks_until, forward, frozen, hidden_of, hooks, run_until
-from .suffix import Call
+from .suffix import Call, unknown_family
 
 TRIAL = (2, 8)  # rows and tokens that `verify_walk` runs
 
@@ -135,20 +135,12 @@ def verify_walk(model: Model, layers: Sequence[int]) -> None:
     rows, length = TRIAL
     ids = torch.arange(1, rows * length + 1, device=model.device).view(rows, length) % model.anatomy.vocab
     own = blocks_until(model, ids, layers[-1])
-    try:
-        with frozen(model):
-            calls = cut_calls(calls_until(model, layers[-1], length + 1), length + 1, length)
-            hidden, at = embed(model, ids), 0
-            for layer in layers:
-                hidden = part(model, run_blocks(model, hidden, calls, at, layer), calls, layer).join(model)
-                at = layer + 1
-    except (InputError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if model.anatomy.source == "family":
-            raise
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise InputError(f"{kind}: its blocks cannot be run alone ({reason}): it cannot be edited yet") from error
+    with frozen(model), unknown_family(model):
+        calls = cut_calls(calls_until(model, layers[-1], length + 1), length + 1, length)
+        hidden, at = embed(model, ids), 0
+        for layer in layers:
+            hidden = part(model, run_blocks(model, hidden, calls, at, layer), calls, layer).join(model)
+            at = layer + 1
     tolerance = (1e-3 if own.dtype.itemsize > 2 else 5e-2) * float(own.abs().max())
     if not torch.allclose(hidden.float(), own.float(), atol=tolerance, rtol=0):
         raise InputError(
