@@ -40,10 +40,13 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device, seed: torch.Gen
     )
 
 
-def _with_gradient(inputs: Inputs, loss: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Outputs:
-    """nll, KL and the gradient of a sum of them in which each fact counts differently."""
+def _with_gradient(inputs: Inputs, loss: Callable[[Tensor], tuple[Tensor, ...]]) -> Outputs:
+    """nll, KL and the gradient of a sum of them in which each fact counts differently.
+
+    Not the count of missed labels: where two logits are all but equal, rounding decides.
+    """
     hidden, facts = inputs[0].detach().requires_grad_(), inputs[5]
-    nll, kl = loss(hidden)
+    nll, kl = loss(hidden)[:2]
     share = torch.linspace(0.5, 1.5, facts, device=nll.device)
     (gradient,) = torch.autograd.grad((nll * share).sum() + (kl * share.flip(0)).sum(), hidden)
     return nll.detach(), kl.detach(), gradient

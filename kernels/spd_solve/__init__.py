@@ -2,15 +2,18 @@
 
 - `spd_solve`: A X = B, one system or a batch
 - `factorize`, `regular_factor` (a ridge where C has no full rank) and `woodbury`: (lambda C + Kᵀ K) X = Kᵀ on a kept
-  factor of C (MEMIT and its kin)
-- `eigenbasis` and `null_space`, `KeySystem` and `push_through`: AlphaEdit's system, its history a growing factor
+  factor of C (MEMIT and its kin), lambda = 0 being EMMET's equality
+- `KeySystem`: the keys of a session as one growing system; `with_history`: MEMIT's with all earlier keys in it
+- `eigenbasis`, `null_space` and `push_through`: AlphaEdit's system, earlier keys in it too
 - `rls_step_`: recursive least squares
 """
 
 from .dense import spd_solve
 from .factor import Factor, factorize, fast_dtype, regular_factor
+from .history import with_history
 from .info import TOLERANCE, SolveError, SolveInfo
-from .nullspace import Eigenbasis, KeySystem, NullSpace, append_cholesky, eigenbasis, null_space, push_through
+from .key_system import KeySystem, append_cholesky
+from .nullspace import Eigenbasis, NullSpace, eigenbasis, null_space, push_through
 from .small import operation as small_solve
 from .woodbury import rls_step_, woodbury
 
@@ -32,5 +35,6 @@ __all__ = [
     "rls_step_",
     "small_solve",
     "spd_solve",
+    "with_history",
     "woodbury",
 ]

@@ -16,7 +16,7 @@ class SolveInfo:
     condition: lower bound of the scaled matrix's 2-norm condition: (max diag L / min diag L)², L its Cholesky factor
     dtype: "float64" or "float32": what the factor was computed in
     refinements: steps of conjugate gradients taken with that factor as the preconditioner
-    method: "cholesky", "woodbury" or "push-through"
+    method: "cholesky", "factor" (a kept one), "woodbury", "push-through" or "history"
     checked: "full", or "sampled": the residual of 8 random combinations of the columns
     ridge: what was added to the diagonal of a second moment without full rank, in its units; else 0
     """
@@ -30,20 +30,23 @@ class SolveInfo:
     ridge: float = 0.0
 
 
+_ADVICE = (
+    "Collect statistics over more tokens (at least 2 per dimension), "
+    "or raise lambda (mom2_update_weight) or the ridge (L2)"
+)
+
+
 class SolveError(InputError):
     """The system cannot be solved to the tolerance: collect more tokens, or raise lambda or the ridge.
 
     what: the reason alone
+    advice: what to do, where it is something else
     residual: of the best X found; NaN where none came about
     condition: as in SolveInfo; where Cholesky broke down 1 / (n eps), which is about the least that makes it break
     """
 
-    def __init__(self, what: str, residual: float, condition: float) -> None:
-        super().__init__(
-            f"spd_solve: {what}; condition of the Jacobi-scaled matrix at least {condition:.1e}. "
-            "Collect statistics over more tokens (at least 2 per dimension), "
-            "or raise lambda (mom2_update_weight) or the ridge (L2)"
-        )
+    def __init__(self, what: str, residual: float, condition: float, advice: str = _ADVICE) -> None:
+        super().__init__(f"spd_solve: {what}; condition of the Jacobi-scaled matrix at least {condition:.1e}. {advice}")
         self.what = what
         self.residual = residual
         self.condition = condition

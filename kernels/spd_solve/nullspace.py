@@ -10,7 +10,8 @@ from ..errors import InputError
 from .dense import relative_norm
 from .factor import check_matrix, refuse_asymmetric, refuse_nonfinite
 from .info import TOLERANCE, SolveError, SolveInfo
-from .woodbury import combinations
+from .key_system import KeySystem
+from .residual import combinations
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,59 +100,6 @@ def null_space(C: Tensor, threshold: float) -> NullSpace:
     return eigenbasis(C).null_space(threshold)
 
 
-@dataclass(frozen=True, eq=False)
-class KeySystem:
-    """XXᵀ + ridge I of all keys so far, and its Cholesky factor, which grows by a block with every batch.
-
-    X: [N, d] fp64, projected keys, one a row
-    L: [N, N] fp64, lower
-    """
-
-    X: Tensor
-    L: Tensor
-    ridge: float
-
-    @classmethod
-    def empty(cls, d: int, ridge: float, device: torch.device | str = "cpu") -> "KeySystem":
-        """No keys yet. ridge > 0: AlphaEdit's L2."""
-        if not ridge > 0:
-            raise InputError(f"the ridge (L2) is {ridge}; expected a positive number")
-        empty = torch.zeros(0, d, dtype=torch.float64, device=device)
-        return cls(empty, empty @ empty.T, float(ridge))
-
-    def append(self, X: Tensor) -> "KeySystem":
-        """With the projected keys ``X: [n, d] fp64`` behind those so far. Raises SolveError where it breaks down."""
-        corner = X @ X.T
-        corner.diagonal().add_(self.ridge)
-        return KeySystem(torch.cat([self.X, X]), append_cholesky(self.L, X @ self.X.T, corner), self.ridge)
-
-    def without_last(self, n: int) -> "KeySystem":
-        """As before the last n keys came: a leading block of the factor is the factor of the leading block."""
-        N = len(self.X) - n
-        return KeySystem(self.X[:N], self.L[:N, :N], self.ridge)
-
-
-@torch.no_grad()
-def append_cholesky(L: Tensor, cross: Tensor, corner: Tensor) -> Tensor:
-    """The factor of [[A, crossᵀ], [cross, corner]] from L, that of A: N² n instead of (N + n)³ / 3.
-
-    L: [N, N] fp64, lower; cross: [n, N] fp64; corner: [n, n] fp64, symmetric; N = 0 starts one
-
-    Raises SolveError: the whole is not positive definite.
-    Source: Golub and Van Loan, Matrix Computations, 4.2.9 (block Cholesky).
-    """
-    N, n = len(L), len(corner)
-    grown = torch.zeros(N + n, N + n, dtype=L.dtype, device=L.device)
-    side = torch.linalg.solve_triangular(L, cross.T, upper=False).T
-    block, status = torch.linalg.cholesky_ex(corner - side @ side.T)
-    broke = int(status)
-    if broke:
-        what = f"the system that keys are added to is not positive definite (Cholesky broke down at row {N + broke})"
-        raise SolveError(what, torch.nan, 1 / ((N + n) * torch.finfo(L.dtype).eps))
-    grown[:N, :N], grown[N:, :N], grown[N:, N:] = L, side, block
-    return grown
-
-
 @torch.no_grad()
 def push_through(
     space: NullSpace, K: Tensor, before: KeySystem, *, full: bool = False, tolerance: float = TOLERANCE
@@ -159,12 +107,12 @@ def push_through(
     """Solve (P (Kᵀ K + K_pᵀ K_p) + ridge I) X = P Kᵀ without a d by d system.
 
     space: P; K: [n, d] any floating dtype, new keys, one a row
-    before: the earlier keys K_p, projected, their factor, and the ridge (AlphaEdit's L2)
+    before: the earlier keys K_p, projected, their system, and the ridge (AlphaEdit's L2)
     full: measure the residual of every column; else of 8 random combinations of them
 
     Returns ``Xᵀ: [n, d]`` fp64, the system with the new keys in it (hand it in as ``before`` for the next batch; drop
     it if this one is not kept), and the SolveInfo. With all keys projected, ``X_all = P [K_p, K]ᵀ``, the columns of
-    ``X_all (X_allᵀ X_all + ridge I)⁻¹`` that belong to the new keys are the solution, exactly.
+    ``X_all (X_allᵀ X_all + ridge I)⁻¹`` that belong to the new keys are the solution, exactly (`KeySystem.newest`).
 
     Raises InputError: shapes or devices do not fit, NaN or infinity in K.
     Raises SolveError (an InputError): the residual misses the tolerance.
@@ -183,20 +131,13 @@ def push_through(
     refuse_nonfinite(K, "K")
     X = space.project(K)
     system = before.append(X)
-    L, n = system.L, len(K)
-    # the right-hand sides are the last n unit vectors: their forward solution ends in the inverse of the last block
-    N = len(L) - n
-    last = torch.linalg.solve_triangular(L[N:, N:], torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
-    T = torch.linalg.solve_triangular(L.mT, torch.cat([L.new_zeros(N, n), last]), upper=True)
-    Xt = T.T @ system.X
+    Xt, condition = system.newest(len(K))
     B, S = X, Xt
     if not full:
         mix = combinations(K).T
         B, S = mix @ B, mix @ S
     R = B - before.ridge * S - (S @ system.X.T) @ system.X  # rows; P's part is the identity on projected keys
     residual = relative_norm(R, B)
-    pivots = L.diagonal()
-    condition = float((pivots.max() / pivots.min()) ** 2) if len(L) else 1.0
     if not residual <= tolerance:
         raise SolveError(
             f"the push-through form: relative residual {residual:.1e}, above {tolerance:.0e}", residual, condition

@@ -15,6 +15,21 @@ def memit(C: Tensor, K: Tensor, weight: float) -> Tensor:
     return solve(weight * C.double() + K.T @ K, K.T).T
 
 
+def history(C: Tensor, K: Tensor, earlier: Tensor, weight: float) -> Tensor:
+    """``((weight C + earlierᵀ earlier + Kᵀ K)⁻¹ Kᵀ)ᵀ: [n, d]``: MEMIT beside all earlier keys."""
+    K, earlier = K.double(), earlier.double()
+    return solve(weight * C.double() + earlier.T @ earlier + K.T @ K, K.T).T
+
+
+def emmet(C: Tensor, K: Tensor, weight: float) -> Tensor:
+    """``(C⁻¹ Kᵀ (K C⁻¹ Kᵀ + weight I)⁻¹)ᵀ: [n, d]``, as published; weight 0: K times it, transposed, is I."""
+    K = K.double()
+    Y = solve(C.double(), K.T)
+    inner = K @ Y
+    inner.diagonal().add_(weight)
+    return solve(inner, Y.T)
+
+
 def alphaedit(P: Tensor, K: Tensor, earlier: Tensor, ridge: float) -> Tensor:
     """``((P (Kᵀ K + earlierᵀ earlier) + ridge I)⁻¹ P Kᵀ)ᵀ: [n, d]``, as published; the matrix is not symmetric."""
     P, K, earlier = P.double(), K.double(), earlier.double()

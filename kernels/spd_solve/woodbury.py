@@ -6,35 +6,37 @@ from torch import Tensor
 from ..errors import InputError
 from ..gram import mirror_
 from .dense import relative_norm, spd_solve
-from .factor import Factor, blocks, refuse_nonfinite
-from .info import SAMPLES, TOLERANCE, SolveError, SolveInfo
-
-_ROWS = 128  # of C in fp64 at a time: they stay in the caches
-_STEPS = 3  # of refinement; an accurate factor needs none
+from .equality import constrained
+from .factor import Factor, refuse_nonfinite
+from .info import TOLERANCE, SolveError, SolveInfo
+from .residual import STEPS, combinations, symmetric_product
 
 
 @torch.no_grad()
 def woodbury(
     factor: Factor, C: Tensor, K: Tensor, weight: Tensor | float, *, full: bool = False, tolerance: float = TOLERANCE
 ) -> tuple[Tensor, SolveInfo]:
-    """Solve (weight C + Kᵀ K) X = Kᵀ on a kept factor of C, for one weight or a grid of them.
+    """Solve (weight C + Kᵀ K) X = Kᵀ on a kept factor of C, for one weight or a grid of them, or under K X = I.
 
     factor: of C, ``factorize(C)``; where it has a ridge, C + ridge I stands for C throughout
     C: [..., d, d] fp32 or fp64, for the residual; leading dimensions are layers
     K: [..., n, d] any floating dtype, keys, one a row
-    weight: lambda > 0: a number, or [g] fp64: a grid, solved for together
+    weight: lambda > 0: a number, or [g] fp64: a grid, solved for together. The number 0 is the limit: the X with
+        K X = I that is least in the metric of C, ``C⁻¹ Kᵀ (K C⁻¹ Kᵀ)⁻¹``; the keys must be independent
     full: measure the residual of every column; else of 8 random combinations of them (and of every column where those
         miss the tolerance), which costs 8 / n as much
 
     Returns ``Xᵀ: [..., n, d]``, with a grid ``[g, ..., n, d]``, fp64, and the SolveInfo (the worst). With
     ``Y = C⁻¹ Kᵀ``: ``X = Y (weight I + K Y)⁻¹``: two triangular solves with n right-hand sides instead of a
-    factorisation; cheaper than that where n < d / 4.
+    factorisation; cheaper than that where n < d / 4. With weight 0 the residual is the larger one of
+    ‖C X - Kᵀ T‖ / ‖Kᵀ T‖ and ‖K X - I‖ / ‖I‖, T the inverse of K C⁻¹ Kᵀ.
 
-    Raises InputError: shapes or devices do not fit, weight is not positive, NaN or infinity in K.
-    Raises SolveError (an InputError): the residual misses the tolerance after refinement; the dense system
-    (`spd_solve`) may still do better.
+    Raises InputError: shapes or devices do not fit, weight is negative, NaN or infinity in K.
+    Raises SolveError (an InputError): the residual misses the tolerance after refinement, where the dense system
+    (`spd_solve`) may still do better; with weight 0 also equal or dependent keys.
 
-    Source: Woodbury 1950; Hager, Updating the inverse of a matrix, SIAM Review 31 (1989).
+    Source: Woodbury 1950; Hager, Updating the inverse of a matrix, SIAM Review 31 (1989); weight 0: EMMET
+    (arXiv 2403.14236), its closed form.
     """
     d = C.shape[-1]
     if C.shape != factor.L.shape or K.ndim < 2 or K.shape[-1] != d or K.shape[:-2] != C.shape[:-2]:
@@ -45,14 +47,17 @@ def woodbury(
     if K.device != factor.L.device or not K.is_floating_point():
         raise InputError(f"woodbury: K is {K.dtype} on {K.device}; expected floating, on {factor.L.device}")
     weights = torch.as_tensor(weight, dtype=torch.float64, device=K.device)
-    if weights.ndim > 1 or not bool((weights > 0).all()):
-        raise InputError(f"woodbury: weight is {weight}; expected a positive number, or [g] of them")
+    equality = weights.ndim == 0 and bool(weights == 0)
+    if weights.ndim > 1 or not (equality or bool((weights > 0).all())):
+        raise InputError(f"woodbury: weight is {weight}; expected a positive number, [g] of them, or the number 0")
     _refuse_keys("woodbury", K)
     K = K.double()
     V = factor.half_solve(K.mT)
     Y = factor.other_half(V)
     gram = V.double().mT @ V.double()  # K C⁻¹ Kᵀ
     lambdas = weights.reshape(-1, *[1] * C.ndim)
+    if equality:
+        return constrained(factor, C, K, Y, gram, full, tolerance)
     identity = torch.eye(K.shape[-2], dtype=torch.float64, device=K.device)
     inner = gram + lambdas * identity  # [g, ..., n, n]
     # its inverse is small: one product with it instead of two triangular solves with d right-hand sides
@@ -64,7 +69,7 @@ def woodbury(
     if not residual <= tolerance and not full:
         full = True
         residual, R = _residual(C, K, Xt, lambdas, full, ridge)
-    while not residual <= tolerance and residual < torch.inf and steps < _STEPS:
+    while not residual <= tolerance and residual < torch.inf and steps < STEPS:
         # (λC + KᵀK)⁻¹ R = (C⁻¹ R - Y (λI + K Y)⁻¹ Yᵀ R) / λ
         step = factor.solve(R)
         step = (step - (Xt.mT @ (K @ step))) / lambdas
@@ -91,27 +96,11 @@ def _residual(
     if not full:
         mix = combinations(K)
         B, X = B @ mix, X @ mix
-    CX = _product(C, X)
+    CX = symmetric_product(C, X)
     if ridge:
         CX = CX + ridge * X
     R = B - lambdas * CX - K.mT @ (K @ X)
     return relative_norm(R, B.expand_as(R)), R
-
-
-def _product(C: Tensor, X: Tensor) -> Tensor:
-    """C X in fp64 for a symmetric C, as (Xᵀ C)ᵀ: C is read once, row by row, and never copied whole."""
-    if C.dtype is torch.float64:
-        return (X.mT @ C.mT).mT  # read as its transpose: BLAS then takes dot products of rows
-    out = X.new_zeros(*X.shape[:-2], X.shape[-1], C.shape[-1])
-    for rows in blocks(C.shape[-1], _ROWS):
-        out += X[..., rows, :].mT @ C[..., rows, :].double()
-    return out.mT
-
-
-def combinations(K: Tensor) -> Tensor:
-    """[n, 8] fp64 on K's device: which columns of the solution are looked at together; the same at every call."""
-    generator = torch.Generator().manual_seed(K.shape[-2])
-    return torch.randn(K.shape[-2], SAMPLES, generator=generator, dtype=torch.float64).to(K.device)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The loss of values: negative log-likelihood and KL divergence behind a frozen head, and its gradient."""
+"""The loss of values: negative log-likelihood and KL divergence behind a frozen head, its gradient, and misses."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def target_nll(
     bias: Tensor | None = None,
     softcap: float | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Weighted sums over each fact's rows: (nll, KL), each [facts] fp32, in nats; differentiable in `hidden` alone.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each fact's rows (nll, KL, missed), each [facts] fp32: weighted sums in nats, and a count of label rows.
 
     hidden: [m + k, d] fp32, fp16, bf16 or fp64, behind the final norm: m rows that predict a label, then k KL rows
     head: [V, d] as hidden, frozen
@@ -38,13 +38,15 @@ def target_nll(
     impl: "triton" (CUDA of compute capability >= 8.0, or the interpreter), "torch", or "auto": triton where it serves
 
     ``nll[f] = sum weight (-log p[label])`` and ``KL[f] = sum weight sum_j p_j (log p_j - log q_j)``, q of `first`.
+    ``missed[f]``: rows whose label is not the most probable token, whatever their weight; a label that shares the
+    maximum is a hit, a row whose loss is NaN a miss. nll and KL can be differentiated, in `hidden` alone.
     A fact without rows gets 0; a row that is NaN leaves other facts alone. The logits of all rows never exist at once.
     As the head is frozen and the loss linear in the weights, the gradient is found with the loss: two products with the
     head a row, one where no gradient is wanted; one or two more a row of `first`. It can be differentiated once.
 
-    Triton keeps logits of 16-bit inputs as the fp32 sums that they are, torch rounds them to the inputs' dtype. What
-    follows is fp32; for the product with the head exp(logit - maximum) is rounded to its dtype (torch: the gradient of
-    the logits). Two runs of one implementation agree bit for bit.
+    Triton keeps logits of 16-bit inputs as the fp32 sums that they are, torch rounds them to the inputs' dtype (so that
+    more labels share the maximum). What follows is fp32; for the product with the head exp(logit - maximum) is rounded
+    to its dtype (torch: the gradient of the logits). Two runs of one implementation agree bit for bit.
 
     Raises InputError: dtype, shape or device is not as above, an index is out of range, or ``impl`` cannot serve these
     arguments. Indices are looked at on a CPU alone, where it costs no wait; on CUDA a label out of range gives NaN.
@@ -52,29 +54,31 @@ def target_nll(
     _check(hidden, head, labels, fact, weight, facts, first, bias, softcap)
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     with torch.set_grad_enabled(wanted):
-        nll, kl = _Loss.apply(hidden, head, labels, fact, weight, facts, first, bias, softcap, wanted, impl)
-    return nll, kl
+        nll, kl, missed = _Loss.apply(hidden, head, labels, fact, weight, facts, first, bias, softcap, wanted, impl)
+    return nll, kl, missed
 
 
 class _Loss(torch.autograd.Function):
     """The operation's rows, summed over facts."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         head, labels, fact, weight, facts, first, bias, softcap, wanted, impl = rest
-        loss, gradient = operation(hidden, head, labels, first, bias, softcap, wanted, impl=impl)
+        loss, of_label, gradient = operation(hidden, head, labels, first, bias, softcap, wanted, impl=impl)
         ctx.save_for_backward(fact, weight, gradient)
         ctx.labels = m = len(labels)
         loss *= weight
         # of the ways to add at indices, the one that is deterministic on CUDA
-        nll, kl = (loss.new_zeros(facts) for _ in range(2))
+        nll, kl, missed = (loss.new_zeros(facts) for _ in range(3))
         nll.index_put_((fact[:m],), loss[:m], accumulate=True)
         kl.index_put_((fact[m:],), loss[m:], accumulate=True)
-        return nll, kl
+        missed.index_put_((fact[:m],), of_label, accumulate=True)
+        ctx.mark_non_differentiable(missed)
+        return nll, kl, missed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_nll: Tensor, of_kl: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_nll: Tensor, of_kl: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         fact, weight, gradient = ctx.saved_tensors
         m = ctx.labels
         scale = torch.cat([of_nll[fact[:m]], of_kl[fact[m:]]]) * weight
@@ -142,10 +146,10 @@ def _torch(
     bias: Tensor | None,
     softcap: float | None,
     wanted: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss of each row, [rows] fp32, and where it is wanted its gradient, [rows, d] as hidden."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of each row, [rows] fp32, whether its label is missed, [m] fp32, and the gradient, [rows, d] as hidden."""
     rows, m = len(hidden), len(labels)
-    loss = hidden.new_empty(rows, dtype=torch.float32)
+    loss, missed = (hidden.new_empty(count, dtype=torch.float32) for count in (rows, m))
     gradient = hidden.new_empty(hidden.shape) if wanted else None
     start = 0
     while start < rows:
@@ -157,17 +161,19 @@ def _torch(
             assert first is not None
             at = start + a - m
             read = torch.cat([read, first[at : at + b]])
-        loss[chunk], of_logits = _step(read, head, labels[start : start + a], bias, softcap, wanted)
+        loss[chunk], missed[start : start + a], of_logits = _step(
+            read, head, labels[start : start + a], bias, softcap, wanted
+        )
         if gradient is not None and of_logits is not None:
             torch.mm(of_logits, head, out=gradient[chunk])
         start += a + b
-    return loss, gradient
+    return loss, missed, gradient
 
 
 def _step(
     hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Losses and, where wanted, the gradient of the logits in the head's dtype.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses, which labels are missed and, where wanted, the gradient of the logits in the head's dtype.
 
     hidden: rows with a label, then KL rows, then as many of `first`
     """
@@ -186,21 +192,22 @@ def _step(
     at = torch.where(known, labels, 0)[:, None]
     picked = torch.where(known, logits[:a].gather(1, at)[:, 0], torch.nan)
     of_label = (top[:a] - picked) + log_total[:a]
+    missed = (picked != top[:a]) | of_label.isnan()
 
     gap = logits[a:n].sub_(logits[n:])
     mean = torch.linalg.vecdot(p[a:n], gap)
     of_kl = mean - ((top[a:n] - top[n:]) + (log_total[a:n] - log_total[n:]))  # sum p (log p - log q)
     loss = torch.cat([of_label, of_kl])
     if not wanted:
-        return loss, None
+        return loss, missed, None
     p[:a].scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))
     p[a:n] *= gap.sub_(mean[:, None])  # p ((log p - log q) - KL)
     if slope is not None:
         p[:n] *= slope
-    return loss, p[:n].to(head.dtype)
+    return loss, missed, p[:n].to(head.dtype)
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor | None]:
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     from . import kernel  # here, so that the room imports where Triton is missing
 
     return kernel.rows(*args)

@@ -161,11 +161,11 @@ def rows(
     bias: Tensor | None,
     softcap: float | None,
     wanted: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss of each row, [rows] fp32, and where it is wanted its gradient, [rows, d] as hidden."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of each row, [rows] fp32, whether its label is missed, [m] fp32, and the gradient, [rows, d] as hidden."""
     count, m = len(hidden), len(labels)
     config = pick("target_nll", f"{hidden.itemsize * 8}bit", CONFIGS)
-    loss = hidden.new_empty(count, dtype=torch.float32)
+    loss, missed = (hidden.new_empty(size, dtype=torch.float32) for size in (count, m))
     gradient = hidden.new_empty(hidden.shape) if wanted else None
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     part = min(config.part, triton.next_power_of_2(len(head)))
@@ -189,10 +189,11 @@ def rows(
             buffer[: a + 2 * b],
             config.num_warps,
             loss[chunk],
+            missed[start : start + a],
             None if gradient is None else gradient[chunk],
         )
         start += a + b
-    return loss, gradient
+    return loss, missed, gradient
 
 
 def _chunk(
@@ -204,6 +205,7 @@ def _chunk(
     buffer: Tensor,
     num_warps: int,
     loss: Tensor,
+    missed: Tensor,
     gradient: Tensor | None,
 ) -> None:
     """hidden: a rows with a label, b KL rows, and what these were first; buffer: [a + 2 b, part] fp32"""
@@ -246,6 +248,7 @@ def _chunk(
 
     mean = gaps / total[a:n]
     loss[:a] = (top[:a] - picked) + total[:a].log()
+    missed[:] = (picked != top[:a]) | loss[:a].isnan()  # a maximum may pass over NaN
     # sum p (log p - log q); the log sums in two parts, each subtracted for itself
     loss[a:] = mean - ((top[a:n] - top[n:]) + (total[a:n].log() - total[n:].log()))
     if sums is not None and gradient is not None:

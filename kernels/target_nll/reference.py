@@ -14,17 +14,24 @@ def target_nll(
     first: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(nll, KL) of each fact, differentiable; the arguments are those of the public function, floats of one dtype."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(nll, KL, missed) of each fact, two of them differentiable; arguments as of the public function, of one dtype."""
 
-    def log_probabilities(rows: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(rows, head, bias)
-        return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
+    def logits(rows: Tensor) -> Tensor:
+        found = torch.nn.functional.linear(rows, head, bias)
+        return found if softcap is None else softcap * torch.tanh(found / softcap)
 
     m = len(labels)
-    now = log_probabilities(hidden[m:])
-    then = log_probabilities(hidden[m:].detach() if first is None else first)
-    of_label = -log_probabilities(hidden[:m]).gather(1, labels[:, None])[:, 0]
+    now = logits(hidden[m:]).log_softmax(-1)
+    then = logits(hidden[m:].detach() if first is None else first).log_softmax(-1)
+    of_labels = logits(hidden[:m])
+    picked = of_labels.gather(1, labels[:, None])[:, 0]
+    of_label = -of_labels.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    missed = ((picked != of_labels.amax(1)) | of_label.isnan()).to(of_label.dtype)
     of_kl = (now.exp() * (now - then)).sum(-1)
     zero = of_label.new_zeros(facts)
-    return zero.index_add(0, fact[:m], weight[:m] * of_label), zero.index_add(0, fact[m:], weight[m:] * of_kl)
+    return (
+        zero.index_add(0, fact[:m], weight[:m] * of_label),
+        zero.index_add(0, fact[m:], weight[m:] * of_kl),
+        zero.index_add(0, fact[:m], missed),
+    )

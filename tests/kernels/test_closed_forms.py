@@ -12,7 +12,6 @@ from rewire.kernels.spd_solve import (
     Factor,
     KeySystem,
     SolveError,
-    append_cholesky,
     eigenbasis,
     factorize,
     null_space,
@@ -100,6 +99,55 @@ def test_a_factor_of_something_else_is_found_out(C):
         woodbury(factorize(C + torch.eye(D)), C, keys(), 1.0)
 
 
+@pytest.mark.parametrize("n", [1, 2, 40, 75])
+def test_weight_0_asks_for_equality(C, n):
+    """K X = I, and of all such X the one that is least in the metric of C: the limit of small weights."""
+    K = keys(n)
+    Xt, info = woodbury(factorize(C), C, K, 0)
+    assert relative(K @ Xt.T, torch.eye(n)) < 1e-10
+    assert relative(Xt, reference.emmet(C, K, 0)) < 1e-6
+    other = Xt + 1e-3 * torch.randn(n, D, dtype=torch.float64) @ (torch.eye(D) - torch.linalg.pinv(K) @ K)
+    assert relative(K @ other.T, torch.eye(n)) < 1e-9
+    for found, worse in zip(Xt, other, strict=True):
+        assert found @ C @ found < worse @ C @ worse
+    assert relative(woodbury(factorize(C), C, K, 1e-6)[0], Xt) < 1e-3
+    assert info.residual < 1e-8
+    assert (info.method, info.checked, info.refinements) == ("woodbury", "sampled", 0)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 30.0])
+def test_emmet_as_published_on_a_factor_with_a_ridge(C, weight):
+    ridged = C + 1e-3 * torch.eye(D, dtype=torch.float64)
+    Xt, info = woodbury(factorize(C, ridge=1e-3), C, keys(), weight, full=True)
+    assert relative(Xt, reference.emmet(ridged, keys(), weight)) < 1e-9
+    assert (info.checked, info.ridge) == ("full", 1e-3)
+
+
+def test_equality_over_all_layers_and_refined(C):
+    layers = torch.stack([C + 1e-4 * torch.eye(D), 3 * C + 1e-4 * torch.eye(D)]).float()
+    K = torch.stack([keys(seed=seed) for seed in range(2)])
+    found, info = woodbury(factorize(layers, torch.float32), layers, K, 0, tolerance=1e-8)
+    assert info.dtype == "float32"
+    assert info.refinements > 0
+    for layer in range(2):
+        assert relative(found[layer], reference.emmet(layers[layer], K[layer], 0)) < 1e-6
+    with pytest.raises(SolveError, match="with weight 0 the keys must not depend on each other: relative residual"):
+        woodbury(factorize(C + torch.eye(D)), C, keys(), 0)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-9])
+def test_keys_that_are_equal_need_a_weight(C, shift):
+    K = keys().clone()
+    K[31] = K[4] * (1 + shift)
+    with pytest.raises(SolveError, match=r"keys 4 and 31 are the closest, cosine 1\.0+;.* Set emmet_lambda > 0, or"):
+        woodbury(factorize(C), C, K, 0)
+    assert relative(woodbury(factorize(C), C, K, 0.1)[0], reference.emmet(C, K, 0.1)) < 1e-6
+    with pytest.raises(SolveError, match="Set emmet_lambda"):
+        woodbury(factorize(C), C, keys(D + 1), 0)
+    with pytest.raises(SolveError, match=r"1 of 1 diagonal elements are not positive.*Set emmet_lambda"):
+        woodbury(factorize(C), C, torch.zeros(1, D), 0)
+
+
 def test_one_bad_column_is_found_by_random_combinations(C):
     """The sampled residual sees a single wrong column of 40."""
     from rewire.kernels.spd_solve.woodbury import _residual
@@ -116,8 +164,9 @@ def test_one_bad_column_is_found_by_random_combinations(C):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"weight": 0.0}, "weight is 0.0; expected a positive number"),
-        ({"weight": torch.ones(2, 2)}, "expected a positive number, or"),
+        ({"weight": -1.0}, "weight is -1.0; expected a positive number"),
+        ({"weight": torch.tensor([1.0, 0.0])}, "or the number 0"),
+        ({"weight": torch.ones(2, 2)}, r"expected a positive number, \[g\] of them"),
         ({"K": keys()[:, :-1]}, r"K \[40, 299\]"),
         ({"K": keys()[0]}, r"K \[300\]"),
         ({"K": keys().long()}, "int64"),
@@ -224,19 +273,8 @@ def test_push_through_sees_a_history_that_is_not_in_the_null_space(C):
 
 
 def test_a_ridge_must_be_positive():
-    with pytest.raises(InputError, match=r"ridge \(L2\) is 0"):
+    with pytest.raises(InputError, match=r"ridge \(L2, mom2_update_weight\) is 0"):
         KeySystem.empty(5, 0)
-
-
-def test_a_factor_grows_by_blocks():
-    A = second_moment(60, 300)
-    L = torch.zeros(0, 0, dtype=torch.float64)
-    for start, stop in ((0, 25), (25, 26), (26, 60)):
-        L = append_cholesky(L, A[start:stop, :start], A[start:stop, start:stop])
-    assert relative(L @ L.T, A) < 1e-12
-    assert torch.equal(L, L.tril())
-    with pytest.raises(SolveError, match="broke down at row 61"):
-        append_cholesky(L, A[:1], 0.99 * A[:1, :1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -284,18 +322,6 @@ def test_no_keys_and_other_precisions_are_named(C):
     assert Xt.shape == (0, D)
     assert torch.equal(same.L, system.L)
     assert spd_solve(torch.eye(4, dtype=torch.float64), torch.zeros(4, 0))[0].shape == (4, 0)
-
-
-def test_keys_are_forgotten_without_a_copy(C):
-    space = null_space(C, 2e-2)
-    first = KeySystem.empty(D, 1.0).append(space.project(keys(20)))
-    both = first.append(space.project(keys(7, seed=1)))
-    again = both.without_last(7)
-    assert torch.equal(again.X, first.X)
-    assert relative(again.L, first.L) < 1e-12
-    assert again.X.untyped_storage().data_ptr() == both.X.untyped_storage().data_ptr()
-    grown = again.append(space.project(keys(7, seed=1)))
-    assert relative(grown.L, both.L) < 1e-12
 
 
 def test_a_unit_that_never_fires_is_null():

@@ -61,7 +61,7 @@ def test_rows_beyond_a_chunk(impl, monkeypatch):
     found = target_nll(hidden, *args[1:], first=first, impl=impl)
     (gradient,) = torch.autograd.grad(found[0].sum() + found[1].sum(), hidden)
     plain = args[0].clone().requires_grad_()
-    nll, kl = reference.target_nll(plain, *args[1:], first=first)
+    nll, kl, _ = reference.target_nll(plain, *args[1:], first=first)
     (expected,) = torch.autograd.grad(nll.sum() + kl.sum(), plain)
     for one, other in zip((*found, gradient), (*exact, expected), strict=True):
         close(one.detach(), other.detach())
@@ -99,7 +99,8 @@ def test_strided_vectors(impl):
 def test_gradient_of_hidden_alone_and_only_where_it_is_wanted(impl):
     args, first = data()
     hidden, head = args[0].clone().requires_grad_(), args[1].clone().requires_grad_()
-    nll, kl = target_nll(hidden, head, *args[2:], first=first, impl=impl)
+    nll, kl, missed = target_nll(hidden, head, *args[2:], first=first, impl=impl)
+    assert not missed.requires_grad
     (nll.sum() + kl.sum()).backward()
     assert hidden.grad is not None
     assert head.grad is None
@@ -107,7 +108,7 @@ def test_gradient_of_hidden_alone_and_only_where_it_is_wanted(impl):
         again = target_nll(hidden, head, *args[2:], first=first, impl=impl)
     assert not any(part.requires_grad for part in again)
     assert not target_nll(args[0], head, *args[2:], first=first, impl=impl)[0].requires_grad
-    for one, other in zip(again, (nll, kl), strict=True):
+    for one, other in zip(again, (nll, kl, missed), strict=True):
         close(one, other.detach(), 1e-6)
 
 
@@ -128,7 +129,7 @@ def test_each_fact_has_its_own_gradient(impl):
 def test_no_second_derivative(impl):
     args, first = data()
     hidden = args[0].clone().requires_grad_()
-    nll, _ = target_nll(hidden, *args[1:], first=first, impl=impl)
+    nll, *_ = target_nll(hidden, *args[1:], first=first, impl=impl)
     (gradient,) = torch.autograd.grad(nll.sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradient.sum().backward()
@@ -142,7 +143,7 @@ def test_a_broken_row_leaves_other_facts_alone(impl):
     whole = target_nll(*args, first=first, impl=impl)
     hidden[2], hidden[9] = torch.nan, torch.inf
     hidden.requires_grad_()
-    nll, kl = target_nll(*args, first=first, impl=impl)
+    nll, kl, _ = target_nll(*args, first=first, impl=impl)
     (gradient,) = torch.autograd.grad(nll.sum() + kl.sum(), hidden)
     assert nll.isnan().tolist() == [False, False, True, False]
     assert kl.isnan().tolist() == [False, True, False, False]
@@ -157,7 +158,8 @@ def test_far_from_one_half(impl):
     head = torch.tensor([[1.0], [-1.0], [0.0]])
     hidden = torch.tensor([[5.0], [100.0], [100.0], [3000.0]], requires_grad=True)
     labels, fact = torch.tensor([0, 1, 0, 1]), torch.arange(4)
-    nll, _ = target_nll(hidden, head, labels, fact, torch.ones(4), 4, impl=impl)
+    nll, _, missed = target_nll(hidden, head, labels, fact, torch.ones(4), 4, impl=impl)
+    assert missed.tolist() == [0, 1, 0, 1]
     (gradient,) = torch.autograd.grad(nll.sum(), hidden)
     logits = hidden.detach().double() @ head.double().T
     exact = -logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
@@ -171,7 +173,7 @@ def test_kl_with_itself_is_zero_without_a_slope(impl):
     """The first step of values: the rows are what they were."""
     args, _ = data(m=0, k=5, vocab=300)
     hidden = args[0].clone().requires_grad_()
-    _, kl = target_nll(hidden, *args[1:], first=args[0], impl=impl)
+    _, kl, _ = target_nll(hidden, *args[1:], first=args[0], impl=impl)
     (gradient,) = torch.autograd.grad(kl.sum(), hidden)
     assert kl.abs().max() < 1e-6
     assert gradient.abs().max() < 1e-6
@@ -183,11 +185,61 @@ def test_shifted_logits_are_no_difference(impl):
     args, first = data(m=0, k=6, vocab=300)
     hidden, head = (torch.cat([x, torch.full((len(x), 1), value)], 1) for x, value in ((args[0], 0.0), (args[1], 1.0)))
     first = torch.cat([first, torch.full((6, 1), -40.0)], 1)
-    _, kl = target_nll(hidden, head, *args[2:], first=first, impl=impl)
-    _, exact = reference.target_nll(
+    _, kl, _ = target_nll(hidden, head, *args[2:], first=first, impl=impl)
+    _, exact, _ = reference.target_nll(
         *(args[0].double(), args[1].double(), *args[2:4], args[4].double(), 4), first=first[:, :-1].double()
     )
     assert torch.allclose(kl, exact.float(), rtol=1e-4, atol=1e-5)
+
+
+@each_impl
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_missed_labels_are_counted(impl, grad, softcap, monkeypatch):
+    """Whatever their weight; chunks and parts of the vocabulary have one maximum between them."""
+    (hidden, head, labels, fact, weight, facts), first = data(m=40, k=5, vocab=300)
+    if impl == "torch":
+        monkeypatch.setattr(folder, "CHUNK", 8)
+    else:
+        in_small_parts(kernel_module(), monkeypatch)
+    bias = torch.randn(300)
+    ranks = (hidden[:40] @ head.T + bias).argsort(1, descending=True)
+    labels = torch.where(torch.arange(40) % 3 == 0, ranks[:, 0], torch.where(fact[:40] == 3, labels, ranks[:, 1]))
+    weight[::2] = 0
+    hidden.requires_grad_(grad)
+    args = (hidden, head, labels, fact, weight, facts)
+    missed = target_nll(*args, first=first, bias=bias, softcap=softcap, impl=impl)[2]
+    expected = torch.bincount(fact[:40][labels != ranks[:, 0]], minlength=facts).float()
+    assert 0 < expected.sum() < 40
+    assert torch.equal(missed, expected)
+    assert not missed.requires_grad
+    assert torch.equal(reference.target_nll(*args, first=first, bias=bias, softcap=softcap)[2], expected)
+
+
+@each_impl
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_what_is_missed_at_the_edges(impl, softcap, monkeypatch):
+    """A shared maximum is a hit, in other parts too; less, NaN and infinity (which a cap bounds) are missed."""
+    if impl == "triton":
+        in_small_parts(kernel_module(), monkeypatch)
+    head = -torch.arange(1.0, 101.0)[:, None]
+    head[[3, 70]] = 1.0
+    hidden = torch.tensor([[4.0], [4.0], [4.0], [torch.nan], [torch.inf], [torch.nan], [-1.0]])
+    labels = torch.tensor([3, 70, 0, 3, 3, 0, 99])
+    found = target_nll(hidden, head, labels, torch.arange(7), torch.ones(7), 8, softcap=softcap, impl=impl)
+    assert found[2].tolist() == [0, 0, 1, 1, softcap is None, 1, 0, 0]
+    exact = reference.target_nll(hidden, head, labels, torch.arange(7), torch.ones(7), 8, softcap=softcap)
+    assert torch.equal(found[2], exact[2])
+
+
+@each_impl
+def test_a_label_out_of_range_is_missed(impl):
+    """Where indices are not looked at, as on CUDA."""
+    hidden, head = torch.ones(3, 1), torch.tensor([[0.0], [2.0]])
+    labels = torch.tensor([-1, 1, 2])
+    loss, missed, _ = folder.operation(hidden, head, labels, None, None, None, False, impl=impl)
+    assert missed.tolist() == [1, 0, 1]
+    assert loss.isnan().tolist() == [True, False, True]
 
 
 def test_no_head_wide_memory_is_kept():
