@@ -5,23 +5,54 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import InputError
 
-FIELDS = ("id", "subject", "prompt", "target_new", "target_true", "paraphrases", "neighbors", "edit_neighbors")
+LISTS = ("paraphrases", "neighbors", "edit_neighbors", "locality")
+FIELDS = ("id", "subject", "prompt", "target_new", "target_true", *LISTS)
 
 
 @dataclass(frozen=True)
 class EditNeighbor:
-    """A neighbouring fact that an edit may be told to keep: never counted in specificity."""
+    """A neighbouring fact that an edit may be told to keep: never counted in specificity.
+
+    prompt: with `{}` at the subject, or holding it once
+    target: what the model says there and shall go on saying
+
+    Raises `InputError` as `Fact` does.
+    """
 
     subject: str
-    prompt: str  # with `{}` at the subject
+    prompt: str
     target: str
+
+    def __post_init__(self) -> None:
+        for name in ("subject", "prompt", "target"):
+            _check_text(f"{name} in edit_neighbors", getattr(self, name))
+        object.__setattr__(self, "prompt", place_subject(self.prompt, self.subject))
+        object.__setattr__(self, "target", self.target.strip())
+
+    @property
+    def question(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question about something else with an answer of its own, held out: an edit shall not change what is said."""
+
+    prompt: str
+    target: str
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "target"):
+            _check_text(f"{name} in locality", getattr(self, name))
+        object.__setattr__(self, "target", self.target.strip())
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,7 @@ class Fact:
     neighbors: full prompts about other subjects whose true object is `target_true`; held out, for evaluation only
     edit_neighbors: neighbouring facts for neighbour-assisted editing
     id: str, unique within a file; made from the content where none is given
+    locality: questions about other things, with answers of their own; held out, for evaluation only
 
     Raises `InputError` for an empty field, or a subject that cannot be placed in the prompt.
     """
@@ -49,6 +81,7 @@ class Fact:
     neighbors: tuple[str, ...] = ()
     edit_neighbors: tuple[EditNeighbor, ...] = ()
     id: str = ""
+    locality: tuple[Probe, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("subject", "prompt", "target_new"):
@@ -63,6 +96,8 @@ class Fact:
         object.__setattr__(self, "prompt", place_subject(self.prompt, self.subject))
         for name in ("paraphrases", "neighbors"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        for name, kind in (("edit_neighbors", EditNeighbor), ("locality", Probe)):
+            object.__setattr__(self, name, _all_of(kind, name, getattr(self, name)))
         for name in ("target_new", "target_true"):
             value = getattr(self, name)
             object.__setattr__(self, name, value.strip() if value else value)
@@ -105,6 +140,15 @@ def digest(facts: Iterable[Fact]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def held_out(facts: Sequence[Fact]) -> list[tuple[str, ...]]:
+    """Of each fact the neighbours that count in specificity: none that any of the facts has for its edit.
+
+    What a fact was edited to keep says nothing of what the edit spares, also where it stands at another fact.
+    """
+    used = {neighbor.question.strip() for fact in facts for neighbor in fact.edit_neighbors}
+    return [tuple(prompt for prompt in fact.neighbors if prompt.strip() not in used) for fact in facts]
+
+
 def to_record(fact: Fact) -> dict[str, Any]:
     """The fact as it stands in a JSONL file; `from_record` reads it back."""
     return {key: value for key, value in asdict(fact).items() if value not in (None, (), [])}
@@ -123,10 +167,8 @@ def from_record(record: Mapping[str, Any]) -> Fact:
     values = dict(record)
     for name in ("paraphrases", "neighbors"):
         values[name] = _texts(name, values.get(name))
-    held = values.get("edit_neighbors") or ()
-    if not isinstance(held, (list, tuple)):
-        raise InputError(f"edit_neighbors is {type(held).__name__}, expected a list")
-    values["edit_neighbors"] = tuple(_edit_neighbor(neighbor) for neighbor in held)
+    values["edit_neighbors"] = _objects("edit_neighbors", values.get("edit_neighbors"), EditNeighbor)
+    values["locality"] = _objects("locality", values.get("locality"), Probe)
     identity = values.get("id")
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, (str, int))):
         raise InputError(f"id is {type(identity).__name__}, expected text or a whole number")
@@ -154,12 +196,25 @@ def _check_text(name: str, value: Any) -> None:
         raise InputError(f"{name} holds half of a surrogate pair, expected text: {value!r}")
 
 
-def _edit_neighbor(value: Any) -> EditNeighbor:
-    if not isinstance(value, Mapping) or set(value) != {"subject", "prompt", "target"}:
-        raise InputError(f"edit_neighbors holds {value!r}, expected objects with subject, prompt and target")
-    for name, text in value.items():
-        _check_text(f"{name} in edit_neighbors", text)
-    return EditNeighbor(value["subject"], place_subject(value["prompt"], value["subject"]), value["target"])
+def _objects(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """A `kind` of each object of a record's list, which has the fields of `kind`, all of them and no other."""
+    value = value or ()
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"{name} is {type(value).__name__}, expected a list")
+    wanted = [field.name for field in fields(kind)]
+    for each in value:
+        if not isinstance(each, Mapping) or set(each) != set(wanted):
+            expected = f"{', '.join(wanted[:-1])} and {wanted[-1]}"
+            raise InputError(f"{name} holds {each!r}, expected objects with {expected}")
+    return tuple(kind(**each) for each in value)
+
+
+def _all_of(kind: type, name: str, values: Iterable[Any]) -> tuple[Any, ...]:
+    values = tuple(values or ())
+    for value in values:
+        if not isinstance(value, kind):
+            raise InputError(f"{name} holds {value!r}, expected {kind.__name__}")
+    return values
 
 
 def read_text(path: Path) -> str:
@@ -202,7 +257,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if None in row:
             raise InputError(f"{path}: {where}: more cells than the header has fields")
         record: dict[str, Any] = {key: value for key, value in row.items() if value not in (None, "")}
-        for name in ("paraphrases", "neighbors", "edit_neighbors"):
+        for name in LISTS:
             if name in record and record[name].lstrip().startswith("["):
                 try:
                     record[name] = json.loads(record[name])

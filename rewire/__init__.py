@@ -13,6 +13,8 @@ _PUBLIC = {
     "wrap": "rewire.engine.model",
     "Model": "rewire.engine.model",
     "Fact": "rewire.engine.facts",
+    "EditNeighbor": "rewire.engine.facts",
+    "Probe": "rewire.engine.facts",
     "read_facts": "rewire.engine.datasets",
     "EditSession": "rewire.engine.session",
     "Edit": "rewire.engine.session",

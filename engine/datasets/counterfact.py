@@ -3,14 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ...kernels.errors import InputError
+from ..facts import Fact
+
 
 def is_nested(record: Mapping[str, Any]) -> bool:
     return "requested_rewrite" in record
 
 
-def from_nested(record: Mapping[str, Any]) -> dict[str, Any]:
-    """One multi-CounterFact record; attribute and generation prompts are not used here."""
+def from_nested(record: Mapping[str, Any], candidates: bool = False) -> dict[str, Any]:
+    """One multi-CounterFact record; attribute and generation prompts are not used here.
+
+    candidates: its `neighborhood_samples` (subject, prompt with `{}`) become `edit_neighbors`, as far as they are what
+        the neighbourhood prompts ask: a few records have others.
+    """
     rewrite = record["requested_rewrite"]
+    samples = record.get("neighborhood_samples", []) if candidates else []
+    neighbors = record.get("neighborhood_prompts", [])
     return {
         "id": record["case_id"],
         "subject": rewrite["subject"],
@@ -18,7 +27,12 @@ def from_nested(record: Mapping[str, Any]) -> dict[str, Any]:
         "target_new": rewrite["target_new"]["str"],
         "target_true": rewrite["target_true"]["str"],
         "paraphrases": record.get("paraphrase_prompts", []),
-        "neighbors": record.get("neighborhood_prompts", []),
+        "neighbors": neighbors,
+        "edit_neighbors": [
+            {"subject": sample["subject"], "prompt": sample["prompt"], "target": rewrite["target_true"]["str"]}
+            for sample in samples
+            if sample["prompt"].count("{}") == 1 and sample["prompt"].replace("{}", sample["subject"]) in neighbors
+        ],
     }
 
 
@@ -40,4 +54,38 @@ def from_flat(record: Mapping[str, Any]) -> dict[str, Any]:
             {"subject": sample["subject"], "prompt": sample["prompt"], "target": record["ground_truth"]}
             for sample in record["neighborhood_samples"]
         ],
+    }
+
+
+def check_flat(fact: Fact) -> None:
+    """Raises `InputError` for a fact that the flat form has no place for."""
+    reason = None
+    if fact.target_true is None:
+        reason = "no true object"
+    elif fact.locality:
+        reason = "questions about other things (locality)"
+    elif any(neighbor.target != fact.target_true for neighbor in fact.edit_neighbors):
+        reason = "an edit-time neighbour with another object than its own"
+    elif "{}" in fact.question or fact.question.replace(fact.subject, "{}") != fact.prompt:
+        reason = "a subject that its prompt holds more than once, and the form does not mark the place"
+    if reason:
+        raise InputError(f"fact {fact.id} ({fact.subject}): {reason}; the flat form cannot say that: write .jsonl")
+
+
+def to_flat(fact: Fact, number: int) -> dict[str, Any]:
+    """The fact as published sets have it, the `number`-th of its file; `from_flat` reads it back, but for the id."""
+    return {
+        "prompt": fact.question,
+        "target_new": fact.target_new,
+        "ground_truth": fact.target_true,
+        "portability": {},
+        "locality": {
+            "neighborhood": {"prompt": list(fact.neighbors), "ground_truth": [fact.target_true] * len(fact.neighbors)}
+        },
+        "subject": fact.subject,
+        "rephrase_prompt": list(fact.paraphrases),
+        "neighborhood_samples": [
+            {"subject": neighbor.subject, "prompt": neighbor.prompt} for neighbor in fact.edit_neighbors
+        ],
+        "case_id": number,
     }

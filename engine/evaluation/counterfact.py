@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...kernels.errors import InputError
-from ..facts import Fact
+from ..facts import Fact, held_out
 from ..model import Model
 from ..passes import score
 from ..phases import Tick
@@ -25,9 +25,10 @@ def evaluate(model: Model, facts: Sequence[Fact], batch_tokens: int | None, prog
 
     `*_success`, `*_magnitude` need `target_true`; `*_accuracy` (every token of the wanted object is the most probable
     one, teacher-forced) needs it for neighbours only. `score` is the harmonic mean of the three success rates.
+    A neighbour that any of these facts has for its edit does not count.
     """
     pairs: dict[tuple[str, str], int] = {}
-    asked = [_questions(fact) for fact in facts]
+    asked = [_questions(fact, neighbors) for fact, neighbors in zip(facts, held_out(facts), strict=True)]
     for fact, questions in zip(facts, asked, strict=True):
         for prompts in questions.values():
             for prompt in prompts:
@@ -77,8 +78,8 @@ def harmonic_mean(rates: Sequence[float | None]) -> float | None:
     return 0.0 if 0 in known else len(known) / sum(1 / rate for rate in known)
 
 
-def _questions(fact: Fact) -> dict[str, Sequence[str]]:
-    return {"efficacy": [fact.question], "paraphrase": fact.paraphrases, "neighborhood": fact.neighbors}
+def _questions(fact: Fact, neighbors: Sequence[str]) -> dict[str, Sequence[str]]:
+    return {"efficacy": [fact.question], "paraphrase": fact.paraphrases, "neighborhood": neighbors}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,5 +1,6 @@
 """Reading facts: every file form, and every way in which a file can be wrong."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewire.engine.datasets import read_facts, scan_facts
-from rewire.engine.facts import EditNeighbor, Fact, InvalidFact, digest, from_record, place_subject, to_record
+from rewire.engine.facts import (
+    FIELDS,
+    EditNeighbor,
+    Fact,
+    InvalidFact,
+    Probe,
+    digest,
+    from_record,
+    held_out,
+    place_subject,
+    to_record,
+)
 from rewire.kernels.errors import InputError
 
 PARIS = {"subject": "Paris", "prompt": "{} lies in", "target_new": "Italy"}
@@ -44,11 +56,12 @@ def test_jsonl(tmp_path: Path) -> None:
         "paraphrases": ["Where is Paris? In"],
         "neighbors": ["Lyon lies in", "Lille lies in"],
         "edit_neighbors": [{"subject": "Nice", "prompt": "Nice lies in", "target": "France"}],
+        "locality": [{"prompt": "Who wrote Faust?", "target": " Goethe"}],
     }
     first, second = read_facts(jsonl(tmp_path, full, ROME))
     assert first == Fact(
         "Paris", "{} lies in", "Italy", "France", ("Where is Paris? In",), ("Lyon lies in", "Lille lies in"),
-        (EditNeighbor("Nice", "{} lies in", "France"),), "a",
+        (EditNeighbor("Nice", "{} lies in", "France"),), "a", (Probe("Who wrote Faust?", "Goethe"),),
     )  # fmt: skip
     assert second.prompt == "The capital {} lies in"
     assert second.question == ROME["prompt"]
@@ -89,17 +102,19 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
 def test_csv(tmp_path: Path) -> None:
     path = tmp_path / "facts.CSV"
     near = json.dumps([{"subject": "Nice", "prompt": "{} lies in", "target": "France"}]).replace('"', '""')
+    about = json.dumps([{"prompt": "Who, if not", "target": "Goethe"}]).replace('"', '""')
     path.write_text(
-        "subject,prompt,target_new,target_true,paraphrases,neighbors,edit_neighbors,id\n"
-        f'Paris,"{{}}, lies in",Italy,France,"[""Where? "", ""[Paris] in""]",Lyon lies in,"{near}",7\n'
-        "Rome,Rome lies in,France,,,,,\n"
+        "subject,prompt,target_new,target_true,paraphrases,neighbors,edit_neighbors,id,locality\n"
+        f'Paris,"{{}}, lies in",Italy,France,"[""Where? "", ""[Paris] in""]",Lyon lies in,"{near}",7,"{about}"\n'
+        "Rome,Rome lies in,France,,,,,,\n"
     )
     first, second = read_facts(path)
     assert (first.prompt, first.target_true, first.id) == ("{}, lies in", "France", "7")
     assert first.paraphrases == ("Where? ", "[Paris] in")
     assert first.neighbors == ("Lyon lies in",)
     assert first.edit_neighbors == (EditNeighbor("Nice", "{} lies in", "France"),)
-    assert (second.target_true, second.paraphrases, second.neighbors) == (None, (), ())
+    assert first.locality == (Probe("Who, if not", "Goethe"),)
+    assert (second.target_true, second.paraphrases, second.neighbors, second.locality) == (None, (), (), ())
 
 
 def test_limit(tmp_path: Path) -> None:
@@ -230,6 +245,11 @@ def test_all_that_cannot_be_edited_are_named_at_once(tmp_path: Path) -> None:
             {"edit_neighbors": [{"subject": "x", "prompt": "y lies", "target": "z"}]},
             "subject 'x' does not occur in prompt 'y lies'",
         ),
+        ({"locality": {"prompt": "x", "target": "y"}}, "locality is dict, expected a list"),
+        ({"locality": ["x"]}, "locality holds 'x', expected objects with prompt and target"),
+        ({"locality": [{"prompt": "x", "target": "y", "id": 1}]}, "expected objects with prompt and target"),
+        ({"locality": [{"prompt": "x", "target": " "}]}, "target in locality is empty"),
+        ({"locality": [{"prompt": 5, "target": "y"}]}, "prompt in locality is int, expected text"),
         ({"subject": "Par\ud800is"}, "subject holds half of a surrogate pair"),
     ],
 )
@@ -246,6 +266,25 @@ def test_facts_that_stand_twice(tmp_path: Path) -> None:
 
 
 # one fact
+
+
+@pytest.mark.parametrize("name", ["edit_neighbors", "locality"])
+def test_objects_of_the_wrong_kind(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} holds 'x', expected (EditNeighbor|Probe)"):
+        Fact("Paris", "{} lies in", "Italy", **{name: ["x"]})  # type: ignore[arg-type]
+
+
+def test_an_edit_time_neighbour_is_not_held_out() -> None:
+    near = EditNeighbor("Nice", "Nice lies in", " France ")
+    assert near == EditNeighbor("Nice", "{} lies in", "France")
+    assert near.question == "Nice lies in"
+    paris = Fact(
+        "Paris", "{} lies in", "Italy", "France", (), ("Lyon lies in", "Nice lies in ", "Lille is in"), (near,)
+    )
+    lyon = Fact("Lyon", "{} lies in", "Italy", "France", (), ("Nice lies in", "Paris lies in", "Nice lies in."))
+    assert held_out([paris, lyon]) == [("Lyon lies in", "Lille is in"), ("Paris lies in", "Nice lies in.")]
+    assert held_out([lyon]) == [lyon.neighbors]  # of the facts evaluated
+    assert held_out([]) == []
 
 
 @pytest.mark.parametrize(
@@ -280,6 +319,7 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}"
     neighbors=st.lists(words, max_size=3).map(tuple),
     near=st.lists(st.builds(EditNeighbor, words, words.map(lambda text: text + "{}"), words), max_size=2).map(tuple),
     name=st.sampled_from(["", "x1"]),
+    locality=st.lists(st.builds(Probe, words, words), max_size=2).map(tuple),
 )
 def test_records_round_trip(
     subject: str,
@@ -290,8 +330,30 @@ def test_records_round_trip(
     neighbors: tuple[str, ...],
     near: tuple[EditNeighbor, ...],
     name: str,
+    locality: tuple[Probe, ...],
 ) -> None:
-    fact = Fact(subject, "{}".join(around), target, true, paraphrases, neighbors, near, name)
+    fact = Fact(subject, "{}".join(around), target, true, paraphrases, neighbors, near, name, locality)
     line = json.dumps(to_record(fact), ensure_ascii=False)
     assert from_record(json.loads(line)) == fact
     assert (true is None) == ("target_true" not in to_record(fact))
+
+
+@given(
+    facts=st.lists(
+        st.builds(
+            Fact, words, st.tuples(words, words).map("{}".join), words, st.none() | words,
+            st.lists(words, max_size=3).map(tuple), st.lists(words, max_size=3).map(tuple),
+            locality=st.lists(st.builds(Probe, words, words), max_size=3).map(tuple),
+        ),
+        min_size=1, max_size=3, unique_by=lambda fact: fact.id,
+    )
+)  # fmt: skip
+def test_a_table_says_what_the_facts_do(tmp_path_factory: pytest.TempPathFactory, facts: list[Fact]) -> None:
+    path = tmp_path_factory.mktemp("table") / "facts.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, FIELDS)
+        table.writeheader()
+        for fact in facts:
+            row = to_record(fact)
+            table.writerow({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()})
+    assert read_facts(path) == facts
