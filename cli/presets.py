@@ -1,33 +1,113 @@
-"""`rewire presets`: the shipped hyper-parameters."""
+"""`rewire presets`: the shipped hyper-parameters, where they are from, and where sources differ."""
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..kernels.errors import InputError
 from . import common
+
+if TYPE_CHECKING:
+    from ..engine.presets import Preset
 
 
 def presets(
     method: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="One method only.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="One model, by any of its names: its values, by source.")
+    ] = None,
+    conflicts: Annotated[bool, typer.Option("--conflicts", help="Only the values in which sources differ.")] = False,
     json: common.Json = False,
 ) -> None:
-    """List the shipped presets.
+    """List the shipped presets; of one model, show all values side by side.
 
-    Example: rewire presets memit
+    Example: rewire presets memit llama-3-8b
     """
+    from ..engine import presets as shipped
     from ..engine.editors.registry import find_method, method_names
-    from ..engine.hparams import preset_files, read_yaml
 
     names = method_names() if method is None else [find_method(method).name]
-    found = {name: {preset: read_yaml(path) for preset, path in preset_files(name).items()} for name in names}
-    if json:
-        common.print_json(found)
-        return
-    table = Table("method", "preset", "layers", "source")
-    for name, files in found.items():
-        for preset, content in files.items():
-            table.add_row(name, preset, str(content.get("layers")), escape(str(content.get("source", ""))))
-    Console().print(table)
+    found = {name: shipped.shipped_presets(name, model) for name in names}
+    if model is not None and not found[names[0]]:
+        models = {preset.model: None for preset in shipped.shipped_presets(names[0])}
+        raise InputError(f"no preset of {names[0]} for {model}; there are presets for {', '.join(models)}")
+    if conflicts:
+        differing = {name: _by_model(presets, shipped.conflicts) for name, presets in found.items()}
+        common.print_json(_conflicts_json(differing)) if json else _print_conflicts(differing)
+    elif json:
+        common.print_json({name: {p.name: _json(p) for p in presets} for name, presets in found.items()})
+    elif model is None:
+        _print_list(found)
+    else:
+        _print_values(found[names[0]], set(shipped.conflicts(found[names[0]])))
+
+
+def _json(preset: "Preset") -> dict[str, Any]:
+    about = {"model": preset.model, "default": preset.default, "sources": dict(preset.sources), "file": preset.place}
+    return {**about, **preset.values}
+
+
+def _by_model(presets: Sequence["Preset"], differ: Any) -> dict[str, dict[str, Any]]:
+    models = {preset.model: [other for other in presets if other.model == preset.model] for preset in presets}
+    return {model: keys for model, own in models.items() if (keys := differ(own))}
+
+
+def _conflicts_json(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    def said(values: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "value": value,
+                "sources": [name for preset in who for name in preset.short],
+                "default": any(preset.default for preset in who),
+            }
+            for value, who in values
+        ]
+
+    return {
+        method: {model: {key: said(values) for key, values in keys.items()} for model, keys in models.items()}
+        for method, models in found.items()
+    }
+
+
+def _print_conflicts(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    table = Table("method", "model", "hyper-parameter", "who says what (the default's value first)")
+    for method, models in found.items():
+        for model, keys in models.items():
+            for key, values in keys.items():
+                said = "; ".join(
+                    f"{value}: {', '.join(name for preset in who for name in preset.short)}" for value, who in values
+                )
+                table.add_row(method, model, key, escape(said))
+    common.console().print(table)
+
+
+def _print_list(found: Mapping[str, Sequence["Preset"]]) -> None:
+    table = Table("method", "preset", "default", "layers", "sources with these values")
+    for method, presets in found.items():
+        for preset in presets:
+            sources = ", ".join(name or text for name, text in preset.sources.items())
+            default = "default" if preset.default else ""
+            table.add_row(method, preset.name, default, escape(str(preset.values.get("layers"))), escape(sources))
+    common.console().print(table)
+    print("All values, with their sources: rewire presets METHOD MODEL; where sources differ: --conflicts")
+
+
+def _print_values(presets: Sequence["Preset"], differing: set[str]) -> None:
+    """One column a file; the keys in which they differ have a star."""
+    heads = ["\n".join([*preset.short, *(["(default)"] if preset.default else [])]) for preset in presets]
+    table = Table("", *map(escape, heads), title=escape(presets[0].model), title_justify="left")
+    keys = list(dict.fromkeys(key for preset in presets for key in preset.values))
+    for key in keys:
+        cells = [escape(str(preset.values.get(key, "-"))) for preset in presets]
+        table.add_row(f"* {key}" if key in differing else f"  {key}", *cells)
+    common.console().print(table)
+    for preset in presets:
+        for name, text in preset.sources.items():
+            print(f"{name or 'ours'}: {text}")
+    if differing:
+        print("*: these differ between the sources")
+    if any(key not in preset.values for key in keys for preset in presets):
+        print("-: not given there; Rewire's own default is taken")

@@ -1,13 +1,14 @@
 """Hyper-parameters: frozen, typed, validated; the keys are those of the published presets (YAML).
 
-A preset is a file of `hparams/<method>/`, found by the model's name, or any path. Keys of the published formats that
-Rewire does not use are accepted, said once, and ignored; an unknown key is an error that suggests the nearest one.
+They come from a preset (`presets.py`) and from single values that replace its own. Keys of the published formats that
+the method does not use are accepted in files, said once, and ignored; an unknown key is an error that suggests the
+nearest one.
 """
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,17 +17,37 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..kernels.errors import InputError
 from .anatomy import Anatomy
+from .presets import Preset, find_preset, methods, number
+from .prompts import CONTEXT_TOKENS, SEED_WORDS
 
 log = logging.getLogger("rewire")
 
 # keys of the published formats that have no meaning here
 UNUSED = {
-    *("alg_name", "model_name", "stats_dir", "device", "layer_selection", "fp16", "model_parallel", "batch_size"),
-    *("max_length", "mom2_adjustment", "mom2_dtype", "evaluation_type", "P_loc"),
+    *("alg_name", "alg", "model_name", "stats_dir", "device", "fp16", "model_parallel", "batch_size", "max_length"),
+    *("mom2_dtype", "P_loc", "evaluation_type", "api_key", "use_chat_template", "calculate_objective_value"),
     *("mlp_module_tmp", "attn_module_tmp", "layer_module_tmp", "ln_f_module", "lm_head_module"),
+    *("base_method", "lamHyper", "solver", "init_model"),  # SimIE
+    *("inner_params", "lr", "editor_batch_size", "batch_size_once"),  # UltraEdit
+    "dynamic_multiplier",  # FastMEMIT
 }
-# keys of a preset file that are about the file: where its values come from, other names of the model
-ABOUT = {"source", "aliases"}
+# fields of some methods, which the files of others have too
+OTHERS = {
+    *("nullspace_threshold", "L2", "mom2_adjustment", "nll_loss_factor", "rewrite_module_tmps", "emmet_lambda"),
+}
+# what published code can do and Rewire cannot: key -> the value with which it does not
+NEUTRAL: Mapping[str, Any] = {
+    "layer_selection": "all",
+    "Pre": 1,  # SimIE's AlphaEdit: whether earlier edits are kept
+    "prob_cutoff": 0,  # ENCORE: values stop once the new object is likely enough
+    "norm_control": 0,
+    "update_norm_lambda": 0,
+    "add_prev_edits": False,
+    "dynamic": False,  # FastMEMIT
+    "cumulative_ratio": None,  # SPHERE
+    "suppression_strength": None,
+}
+ALSO = {"memit-history": ("memit",)}  # methods whose presets another one takes, too
 SET = "--set"  # where single values come from, in messages
 
 
@@ -48,6 +69,7 @@ class Hparams(BaseModel):
     mom2_max_length: documents are cut to so many tokens where moments are collected
     mom2_seed: of the order in which documents are drawn; None: the corpus' own order
     rewrite_module_tmp: the published name of the edited module; must be what the anatomy says
+    context_template_length_params: [tokens, templates] of each kind of sampled context; templates a multiple of 5
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -67,6 +89,14 @@ class Hparams(BaseModel):
     mom2_max_length: int = Field(512, ge=2)
     mom2_seed: int | None = Field(0, ge=0)
     rewrite_module_tmp: str | None = None
+    context_template_length_params: tuple[tuple[int, int], ...] = ((CONTEXT_TOKENS, len(SEED_WORDS)),)
+
+    @field_validator("context_template_length_params")
+    @classmethod
+    def _multiples(cls, kinds: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        if any(tokens < 1 or count < 1 or count % len(SEED_WORDS) for tokens, count in kinds):
+            raise ValueError(f"expected [tokens, templates] with templates a multiple of {len(SEED_WORDS)}")
+        return kinds
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -106,12 +136,6 @@ class Hparams(BaseModel):
 H = TypeVar("H", bound=Hparams)
 
 
-def preset_files(method: str) -> dict[str, Path]:
-    """The shipped presets of a method: name -> file."""
-    folder = Path(str(files("rewire.hparams"))) / method
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def load_hparams(
     kind: type[H],
     method: str,
@@ -122,24 +146,17 @@ def load_hparams(
 ) -> tuple[H, str]:
     """(hyper-parameters, where they come from), checked against the model.
 
-    preset: a file, the name of a shipped preset, or None: the shipped one whose `model_name` or alias is the last part
-        of the model's name; where there is none, layers by relative depth and the defaults, said aloud
+    preset: what `find_preset` takes; None: found by the model's name. Where there is none, layers by relative depth and
+        the defaults, said aloud
     overrides: single values that replace the preset's
     """
-    path = _find(method, model_name, preset)
-    if path is None:
-        values: dict[str, Any] = {"layers": default_layers(anatomy.n_layers)}
-        source = "defaults by depth"
-    else:
-        values = read_yaml(path)
-        source = str(path) if path.parent.parent.name != "hparams" else f"hparams/{method}/{path.name}"
-        if "source" in values:
-            source += f" ({values['source']})"
+    found = find_preset(method, model_name, preset)
     overrides = overrides or {}
     check_names(kind, overrides)
-    check_names(kind, set(values) - ABOUT, str(path))
-    values |= overrides
-    if path is None:
+    if found is not None:
+        values = {**_of_the_method(kind, method, found), **overrides}
+    else:
+        values = {"layers": default_layers(anatomy.n_layers), **overrides}
         log.warning(
             "no preset for %s: editing layers %s with default hyper-parameters, untuned; see --preset and --set",
             model_name,
@@ -147,39 +164,54 @@ def load_hparams(
         )
 
     def where(name: str) -> str:
-        return SET if name in overrides or path is None else str(path)
+        return SET if found is None or name in overrides else found.place
 
-    unused = sorted(set(values) & UNUSED)
-    if unused:
-        level = logging.INFO if path in preset_files(method).values() else logging.WARNING  # of a shipped one, not news
-        log.log(level, "not used by Rewire, ignored: %s", ", ".join(unused))
+    weight = values.get("mom2_update_weight")
+    if isinstance(weight, (list, tuple)):
+        raise InputError(
+            f"{where('mom2_update_weight')}: mom2_update_weight: one number for all layers is expected "
+            f"({weight} found, one for each); choose with --set mom2_update_weight=N"
+        )
     try:
-        hparams = kind(**{key: value for key, value in values.items() if key not in UNUSED | ABOUT})
+        hparams = kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        found = "" if first["type"] == "missing" else f" ({first['input']!r} found)"
-        raise InputError(f"{where(str(first['loc'][0]))}: {field}: {reason}{found}") from None
+        given = "" if first["type"] == "missing" else f" ({first['input']!r} found)"
+        raise InputError(f"{where(str(first['loc'][0]))}: {field}: {reason}{given}") from None
     hparams.check(anatomy, where)
-    return hparams, source
+    return hparams, "defaults by depth" if found is None else found.said
+
+
+def _of_the_method(kind: type[Hparams], method: str, preset: Preset) -> dict[str, Any]:
+    """The values of a preset that the method has; the others are said. Raises `InputError` for unknown ones, and for a
+    preset of another method."""
+    values = dict(preset.values)
+    check_names(kind, values, preset.place)
+    for key in ("alg_name", "alg"):
+        name = values.get(key)
+        # UnderEdit's MEMIT_RECURSIVE, MEMIT_RECURSIVE_NEIGHBOR, ... are MEMIT's with its iterations and neighbours
+        plain = re.sub(r"_(RECURSIVE|NEIGHBOR|SPREAD)", "", str(name)).replace("_", "-").lower()
+        if name is not None and plain not in (method, *ALSO.get(method, ())):
+            hint = f"choose --method {plain}, or another preset" if plain in methods() else "choose another preset"
+            raise InputError(f"{preset.place}: {key} is {name}, expected a preset of {method}; {hint}")
+    foreign = sorted(values.keys() - kind.model_fields.keys())
+    missing = [key for key in foreign if key in NEUTRAL and values[key] not in (NEUTRAL[key], None)]
+    if missing:
+        there = ", ".join(f"{key}: {values[key]}" for key in missing)
+        log.warning("%s: published code goes another way for %s, which Rewire does not", preset.place, there)
+    unused = [key for key in foreign if key not in missing]
+    if unused:  # of a shipped one, that is no news
+        level = logging.INFO if preset.shipped else logging.WARNING
+        log.log(level, "not used by Rewire, ignored: %s", ", ".join(unused))
+    return {key: value for key, value in values.items() if key in kind.model_fields}
 
 
 def default_layers(n_layers: int) -> list[int]:
     """Layers by relative depth, as the published presets for Llama have them: 4 to 8 of 32."""
     last = max(0, round(n_layers / 4))
     return list(range(max(last - 4, min(last, round(n_layers / 8))), last + 1))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A preset's keys and values; texts that read as numbers (YAML 1.1 leaves `5e-1` a text) become numbers."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as a preset: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a YAML mapping of hyper-parameters")
-    return {str(key): _number(value) for key, value in content.items()}
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
@@ -190,7 +222,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise InputError(f"{SET} {text}: expected key=value")
         try:
-            result[key.strip()] = _number(yaml.safe_load(value))
+            result[key.strip()] = number(yaml.safe_load(value))
         except yaml.YAMLError:
             raise InputError(
                 f"{SET} {text}: the value cannot be read (YAML is expected, such as 0.5 or [3, 4])"
@@ -198,35 +230,12 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _find(method: str, model_name: str, preset: str | Path | None) -> Path | None:
-    shipped = preset_files(method)
-    if preset is not None:
-        if str(preset) in shipped:
-            return shipped[str(preset)]
-        if Path(preset).is_file():
-            return Path(preset)
-        raise InputError(f"--preset {preset}: no such file, and no shipped preset; there are {', '.join(shipped)}")
-    wanted = (model_name.lower(), Path(model_name).name.lower())
-    for path in shipped.values():
-        content = read_yaml(path)
-        names = [content.get("model_name", path.stem), *content.get("aliases", [])]
-        if any(str(name).lower() in wanted for name in names):
-            return path
-    return None
-
-
 def check_names(kind: type[Hparams], names: Iterable[str], where: str = SET) -> None:
-    """Raises `InputError` with the nearest name for a hyper-parameter that the method does not have."""
-    known = set(kind.model_fields) | UNUSED
+    """Raises `InputError` with the nearest name for a hyper-parameter that the method does not have.
+
+    In files, keys of the published formats that have no meaning here pass; by `--set` they would do nothing.
+    """
+    known = set(kind.model_fields) | (set() if where == SET else UNUSED | OTHERS | NEUTRAL.keys())
     for name in sorted(set(names) - known):
         near = difflib.get_close_matches(name, sorted(known), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(kind.model_fields))}"

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from rewire.engine.anatomy import Anatomy
-from rewire.engine.editors.registry import find_method, method_names
-from rewire.engine.hparams import Hparams, default_layers, load_hparams, parse_overrides, preset_files, read_yaml
+from rewire.engine.editors.alphaedit import AlphaEditHparams
+from rewire.engine.editors.pmet import PmetHparams
+from rewire.engine.editors.rome import RomeHparams
+from rewire.engine.hparams import Hparams, default_layers, load_hparams, parse_overrides
 from rewire.kernels.errors import InputError
 
 PUBLISHED = """\
@@ -69,56 +71,6 @@ def refused(preset: str | Path | None = None, house: Anatomy | None = None, **ov
     return str(error.value)
 
 
-# shipped presets
-
-
-def shipped() -> list[tuple[str, str, Path]]:
-    return [(method, name, path) for method in method_names() for name, path in preset_files(method).items()]
-
-
-def test_every_shipped_preset_belongs_to_a_method() -> None:
-    root = Path(__file__).resolve().parents[2] / "hparams"
-    assert {path for *_, path in shipped()} == {path.resolve() for path in root.rglob("*.yaml")}
-    assert shipped()
-
-
-@pytest.mark.parametrize(("method", "name", "path"), shipped(), ids=lambda value: str(value).rpartition("/")[2])
-def test_shipped_presets_load_and_fit_a_model(method: str, name: str, path: Path) -> None:
-    content = read_yaml(path)
-    assert content["source"]  # a preset says where its values come from
-    house = anatomy(
-        content.get("v_loss_layer", 11) + 1, content.get("rewrite_module_tmp", "model.layers.{}.mlp.down_proj")
-    )
-    hparams, source = load_hparams(find_method(method).hparams, method, "any", house, name)
-    assert list(hparams.layers) == content["layers"]
-    assert max(hparams.layers) < house.n_layers - 1  # something must lie above the z-layer
-    assert source.startswith(f"hparams/{method}/{name}.yaml (")
-    own = content.get("model_name", name)
-    asked = own.upper() if "/" in own else f"org/{own.upper()}"
-    by_model, again = load_hparams(find_method(method).hparams, method, asked, house)
-    assert (by_model, again) == (hparams, source)
-
-
-def test_presets_are_found_by_alias_and_by_the_last_part_of_a_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "hparams" / "memit"
-    folder.mkdir(parents=True)
-    (folder / "known.yaml").write_text("model_name: Known-7B\naliases: [Other-7B, third]\nlayers: [2]\nv_lr: 0.3\n")
-    monkeypatch.setattr("rewire.engine.hparams.files", lambda package: tmp_path / "hparams")
-    for name in ("known-7b", "org/Known-7B", "/models/OTHER-7b", "./third"):
-        hparams, source = load(model=name)
-        assert (hparams.v_lr, source) == (0.3, "hparams/memit/known.yaml")
-    assert load(model="known-13b")[1] == "defaults by depth"
-    assert load("known", model="anything")[0].v_lr == 0.3
-
-
-def test_an_unknown_preset_is_named_with_those_there_are() -> None:
-    message = refused("nonesuch")
-    assert message.startswith("--preset nonesuch: no such file, and no shipped preset; there are ")
-    assert "cf-gpt2" in message
-
-
 # the published form
 
 
@@ -131,6 +83,113 @@ def test_a_published_preset_loads_as_it_is(tmp_path: Path) -> None:
     assert source == str(path)
 
 
+JSON = """\
+{
+\t"layers": [5], "clamp_norm_factor": 4, "fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 5e-1,
+\t"v_loss_layer": 11, "v_weight_decay": 1e-3, "kl_factor": "0.0625", "mom2_adjustment": false,
+\t"context_template_length_params": [[5, 10], [10, 10]], "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
+\t"mlp_module_tmp": "model.layers.{}.mlp", "mom2_dataset": "wikipedia", "mom2_n_samples": "1e5", "mom2_dtype": "float32"
+}
+"""
+
+
+@pytest.mark.parametrize("suffix", [".json", ""])
+def test_a_json_file_loads_as_it_is(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "Some_model-6B.json").write_text(JSON)  # tabs: no YAML
+    hparams, _ = load_hparams(RomeHparams, "rome", "any", anatomy(), f"{tmp_path}/Some_model-6B{suffix}")
+    assert (hparams.layers, hparams.v_lr, hparams.v_weight_decay, hparams.kl_factor) == ((5,), 0.5, 0.001, 0.0625)
+    assert (hparams.mom2_adjustment, hparams.mom2_n_samples) == (False, 100_000)
+    assert hparams.context_template_length_params == ((5, 10), (10, 10))
+
+
+def test_a_field_of_one_method_is_unused_by_the_others_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(
+        tmp_path, alg_name=None, layers=[3], mom2_adjustment=False, nullspace_threshold="3e-2", nll_loss_factor=2
+    )
+    rome = load_hparams(RomeHparams, "rome", "any", anatomy(), path)[0]
+    assert rome.mom2_adjustment is False
+    assert "mom2_adjustment" not in caplog.text
+    caplog.clear()
+    assert load_hparams(AlphaEditHparams, "alphaedit", "any", anatomy(), path)[0].nullspace_threshold == 0.03
+    assert "mom2_adjustment, mom2_dtype" in caplog.text
+    assert "nullspace_threshold" not in caplog.text
+    assert load_hparams(PmetHparams, "pmet", "any", anatomy(), path)[0].nll_loss_factor == 2
+
+
+KEYS = """
+alg alg_name model_name stats_dir device model_parallel fp16 batch_size max_length layer_selection mom2_dtype
+layer_module_tmp mlp_module_tmp attn_module_tmp ln_f_module lm_head_module P_loc nullspace_threshold L2
+update_norm_lambda emmet_lambda rewrite_module_tmps nll_loss_factor cumulative_ratio suppression_strength
+base_method lamHyper solver init_model inner_params lr editor_batch_size batch_size_once dynamic
+dynamic_multiplier prob_cutoff evaluation_type api_key use_chat_template mom2_adjustment Pre
+"""
+
+
+@pytest.mark.parametrize("key", KEYS.split())
+def test_keys_of_the_ecosystem_pass_in_files_and_not_by_set(tmp_path: Path, key: str) -> None:
+    written(tmp_path, "layers: [1, 2]\n" + (f"{key}: MEMIT\n" if key in ("alg", "alg_name") else f"{key}: 0\n"))
+    assert load(tmp_path / "mine.yaml")[0].layers == (1, 2)
+    assert refused(tmp_path / "mine.yaml", **{key: 0}).startswith(f"--set: unknown hyper-parameter {key!r}; ")
+
+
+@pytest.mark.parametrize(
+    ("key", "plain", "other"),
+    [("prob_cutoff", 0, -2), ("Pre", 1, 0), ("layer_selection", "all", "random"), ("update_norm_lambda", 0, 20)],
+)
+def test_what_published_code_can_and_rewire_cannot_is_said(
+    tmp_path: Path, key: str, plain: Any, other: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(written(tmp_path, **{key: plain}))
+    assert "another way" not in caplog.text
+    load(written(tmp_path, **{key: other}))
+    assert f"another way for {key}: {other}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *(
+            ("memit", name)
+            for name in ("MEMIT", "MEMIT_RECURSIVE", "MEMIT_RECURSIVE_NEIGHBOR", "MEMIT_RECURSIVE_SPREAD")
+        ),
+        *(("alphaedit", name) for name in ("AlphaEdit", "AlphaEdit_RECURSIVE_NEIGHBOR")),
+        *(("pmet", "PMET_RECURSIVE"), ("r-rome", "R-ROME"), ("memit-history", "MEMIT"), ("emmet", "EMMET")),
+    ],
+)
+def test_names_of_a_methods_published_forms(tmp_path: Path, method: str, name: str) -> None:
+    for key in ("alg_name", "alg"):
+        path = written(tmp_path, f"layers: [2]\n{key}: {name}\n")
+        assert load_hparams(Hparams, method, "any", anatomy(), path)[0].layers == (2,)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "hint"),
+    [
+        ("memit", "AlphaEdit_RECURSIVE", "choose --method alphaedit, or another preset"),
+        ("rome", "R-ROME", "choose --method r-rome, or another preset"),
+        ("memit", "MEMIT_FE", "choose another preset"),
+        ("memit", "SimIE", "choose another preset"),
+    ],
+)
+def test_another_methods_file_is_refused(tmp_path: Path, method: str, name: str, hint: str) -> None:
+    for key in ("alg_name", "alg"):
+        path = written(tmp_path, f"layers: [2]\n{key}: {name}\n")
+        with pytest.raises(InputError) as error:
+            load_hparams(Hparams, method, "any", anatomy(), path)
+        assert str(error.value) == f"{path}: {key} is {name}, expected a preset of {method}; {hint}"
+
+
+def test_a_lambda_for_each_layer_is_refused(tmp_path: Path) -> None:
+    reason = (
+        "mom2_update_weight: one number for all layers is expected ([1000, 2000] found, one for each); "
+        "choose with --set mom2_update_weight=N"
+    )
+    path = written(tmp_path, mom2_update_weight=[1000, 2000])
+    assert refused(path) == f"{path}: {reason}"
+    assert refused(None, mom2_update_weight=[1000, 2000]) == f"--set: {reason}"
+    assert load(path, mom2_update_weight=1500)[0].mom2_update_weight == 1500
+
+
 def test_unused_keys_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "rewire"):
         load(written(tmp_path))
@@ -141,16 +200,18 @@ def test_unused_keys_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_where_the_values_come_from_is_kept(tmp_path: Path) -> None:
-    path = written(tmp_path, source="a paper", aliases=["x"])
+    path = written(tmp_path, source="a paper")
     assert load(path)[1] == f"{path} (a paper)"
+    path = written(tmp_path, source={"a": "a paper", "b": "another", "c": "a third"})
+    assert load(path)[1] == f"{path} (a paper; the same: b, c)"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ("layers: [1\n", "cannot be read as a preset: while parsing a flow sequence"),
-        ("- layers\n", "expected a YAML mapping of hyper-parameters"),
-        ("", "expected a YAML mapping of hyper-parameters"),
+        ("- layers\n", "expected a mapping of hyper-parameters"),
+        ("", "expected a mapping of hyper-parameters"),
         ("v_lr: 0.5\n", "layers: Field required"),
     ],
 )
