@@ -8,9 +8,12 @@ from ...kernels.errors import InputError
 from ..facts import Fact
 from ..model import Model
 from ..phases import Tick
-from . import counterfact
+from . import counterfact, underedit
 
-PROTOCOLS: dict[str, Callable[..., dict[str, Any]]] = {"counterfact": counterfact.evaluate}
+PROTOCOLS: dict[str, Callable[..., dict[str, Any]]] = {
+    "counterfact": counterfact.evaluate,
+    "underedit": underedit.evaluate,
+}
 
 
 def evaluate(
@@ -19,13 +22,15 @@ def evaluate(
     protocol: str = "counterfact",
     batch_tokens: int | None = None,
     progress: Tick = lambda done, total: None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """{"protocol", "metrics": {name: share}, "facts": [per fact]} of the model as it stands.
+    """{"protocol", "metrics": {name: number}, "facts": [per fact]} of the model as it stands.
 
     batch_tokens: padded tokens of a forward; None: from the free memory
+    more: what the protocol takes besides (`unedited`, `texts` and `compat` of "underedit")
     Raises `InputError` for an unknown protocol.
     """
-    return find_protocol(protocol)(model, facts, batch_tokens, progress)
+    return find_protocol(protocol)(model, facts, batch_tokens, progress, **more)
 
 
 def find_protocol(name: str) -> Callable[..., dict[str, Any]]:
