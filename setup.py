@@ -15,6 +15,7 @@ PACKAGES = {
     "rewire.engine.datasets": "engine/datasets",
     "rewire.engine.editors": "engine/editors",
     "rewire.engine.evaluation": "engine/evaluation",
+    "rewire.engine.experiment": "engine/experiment",
     "rewire.kernels": "kernels",
     "rewire.kernels.delta_linear": "kernels/delta_linear",
     "rewire.kernels.gather_mean": "kernels/gather_mean",
@@ -41,7 +42,7 @@ setup(
     python_requires=">=3.10",
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"rewire": ["py.typed", "demo/*"], "rewire.hparams": ["*/*.yaml"]},
+    package_data={"rewire": ["py.typed", "demo/*"], "rewire.hparams": ["models.yaml", "*/*.yaml"]},
     install_requires=[
         "torch>=2.11",
         f"triton>=3.6; {LINUX}",

@@ -210,7 +210,7 @@ def _walked(setup: Setup, whole: Edited, sample: Sequence[Fact]) -> tuple[list[T
     H: list[Tensor] = []
     anatomy = setup.model.anatomy
 
-    def solve(layer: int, keys: Tensor, residual: Tensor) -> tuple[Factors, SolveInfo]:
+    def solve(name: str, keys: Tensor, residual: Tensor) -> tuple[Factors, SolveInfo]:
         K.append(keys)
         H.append(residual * (len(H) - len(setup.hparams.layers)))  # of -H that layer's share
         nothing = Factors(keys.new_zeros(anatomy.d_model, 1), keys.new_zeros(1, anatomy.d_in))

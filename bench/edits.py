@@ -69,15 +69,16 @@ def synthetic_moment(model: Model, facts: Sequence[Fact], contexts: Sequence[str
 
 def edited(setup: Setup, facts: Sequence[Fact], listener: Listener) -> Edited:
     """The session's own edit, in a cache of its own, with C given; then evaluated, and taken back."""
-    factors: dict[int, Factor] = {}
+    factors: dict[str, Factor] = {}
+    moments = {setup.model.anatomy.layer_name(layer): C for layer, C in setup.moments.items()}
 
-    def factor(layer: int) -> Factor:
-        if layer not in factors:
-            factors[layer] = regular_factor(setup.moments[layer])
-        return factors[layer]
+    def factor(name: str) -> Factor:
+        if name not in factors:
+            factors[name] = regular_factor(moments[name])
+        return factors[name]
 
     def given(job: Job) -> Job:
-        return replace(job, moments=lambda layers: {layer: setup.moments[layer] for layer in layers}, factor=factor)
+        return replace(job, moments=lambda names: {name: moments[name] for name in names}, factor=factor)
 
     hand_back()
     with own_cache(), TemporaryDirectory(prefix="rewire-bench-") as folder:

@@ -38,8 +38,8 @@ def serial_value(model: Model, fact: Fact, contexts: Sequence[str], hparams: Hpa
     templates = [context.replace("{}", fact.prompt) for context in ("{}", *contexts)]
     texts = [template + tokenizer.decode(target[:-1]) for template in templates]
     kl_template = "{} is a"
-    ids, mask = _batch(tokenizer, [text.replace("{}", fact.subject) for text in [*texts, kl_template]], device)
-    at = [_subject_last(tokenizer, template, fact.subject) for template in [*templates, kl_template]]
+    ids, mask = padded(tokenizer, [text.replace("{}", fact.subject) for text in [*texts, kl_template]], device)
+    at = [subject_last(tokenizer, template, fact.subject) for template in [*templates, kl_template]]
     labels = torch.full_like(ids[: len(texts)], -100)
     for row in range(len(texts)):
         end = int(mask[row].sum())
@@ -98,24 +98,31 @@ def serial_value(model: Model, fact: Fact, contexts: Sequence[str], hparams: Hpa
 @torch.no_grad()
 def serial_keys(model: Model, facts: Sequence[Fact], contexts: Sequence[str], layer: int) -> Tensor:
     """[n, d_in]: keys by full forwards in batches of 128 prompts; half plain, half the mean of the contexts."""
+    return mixed(template_keys(model, model.projection(layer), facts, contexts))
+
+
+def template_keys(model: Model, module: nn.Module, facts: Sequence[Fact], contexts: Sequence[str]) -> Tensor:
+    """[n, 1 + contexts, d_in]: what enters `module` at the subject under the plain template and each context."""
     templates = ["{}", *contexts]
     texts, at = [], []
     for fact in facts:
         for template in templates:
             filled = template.replace("{}", fact.prompt)
             texts.append(filled.replace("{}", fact.subject))
-            at.append(_subject_last(model.tokenizer, filled, fact.subject))
-    read = _read(model, model.projection(layer), texts, at, entering=True).view(len(facts), len(templates), -1)
-    if not contexts:
-        return read[:, 0]
-    return (read[:, 0] + read[:, 1:].mean(1)) / 2
+            at.append(subject_last(model.tokenizer, filled, fact.subject))
+    return read_module(model, module, texts, at, entering=True).view(len(facts), len(templates), -1)
+
+
+def mixed(keys: Tensor) -> Tensor:
+    """[n, 1 + contexts, d_in] -> [n, d_in]: half the plain key, half the mean of the contexts'."""
+    return (keys[:, 0] + keys[:, 1:].mean(1)) / 2 if keys.shape[1] > 1 else keys[:, 0]
 
 
 @torch.no_grad()
 def serial_hidden(model: Model, facts: Sequence[Fact], layer: int) -> Tensor:
     """[n, d_model]: the block's output at the subject on the plain prompt."""
-    at = [_subject_last(model.tokenizer, fact.prompt, fact.subject) for fact in facts]
-    return _read(model, model.block(layer), [fact.question for fact in facts], at, entering=False)
+    at = [subject_last(model.tokenizer, fact.prompt, fact.subject) for fact in facts]
+    return read_module(model, model.block(layer), [fact.question for fact in facts], at, entering=False)
 
 
 @torch.no_grad()
@@ -152,7 +159,8 @@ def serial_spread(
     return updates
 
 
-def _batch(tokenizer: Any, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(tokenizer: Any, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(token ids, attention mask), both [texts, longest], padded on the right."""
     coded = [tokenizer.encode(text) for text in texts]
     longest = max(len(ids) for ids in coded)
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in coded], device=device)
@@ -160,11 +168,14 @@ def _batch(tokenizer: Any, texts: Sequence[str], device: torch.device) -> tuple[
     return ids, mask
 
 
-def _subject_last(tokenizer: Any, template: str, subject: str) -> int:
+def subject_last(tokenizer: Any, template: str, subject: str) -> int:
+    """Index of the subject's last token where it stands for the `{}` of the template."""
     return len(tokenizer.encode(template.split("{}")[0] + subject)) - 1
 
 
-def _read(model: Model, module: nn.Module, texts: Sequence[str], at: Sequence[int], entering: bool) -> Tensor:
+@torch.no_grad()
+def read_module(model: Model, module: nn.Module, texts: Sequence[str], at: Sequence[int], entering: bool) -> Tensor:
+    """[texts, width] float32: what enters `module`, or what it gives, at one position of each text."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -175,7 +186,7 @@ def _read(model: Model, module: nn.Module, texts: Sequence[str], at: Sequence[in
     read = []
     try:
         for start in range(0, len(texts), KEY_BATCH):
-            ids, mask = _batch(model.tokenizer, texts[start : start + KEY_BATCH], model.device)
+            ids, mask = padded(model.tokenizer, texts[start : start + KEY_BATCH], model.device)
             model.hf(input_ids=ids, attention_mask=mask, use_cache=False)
             hidden = found.pop()
             read += [hidden[row, position] for row, position in enumerate(at[start : start + KEY_BATCH])]

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, demo, edit, evaluate, inspect, merge, plan, presets, stats
+from . import bench, demo, edit, evaluate, inspect, merge, neighbors, plan, presets, run, stats
 
 app = typer.Typer(
     name="rewire",
@@ -31,7 +31,9 @@ app.command("edit")(edit.edit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
+app.command("neighbors")(neighbors.neighbors)
 app.command("plan")(plan.plan)
 app.command("presets")(presets.presets)
+app.command("run")(run.run)
 app.add_typer(stats.stats, name="stats")
 app.add_typer(bench.bench, name="bench")

@@ -35,19 +35,51 @@ BatchSize = Annotated[
     str,
     typer.Option(metavar="auto|N", help="Facts optimised at once, by each process; auto: by the free memory."),
 ]
+Convention = Annotated[
+    str | None,
+    typer.Option(
+        metavar="zsre|zsre-alt", help="Of a zsRE file: zsre (answers[0] is new; MEMIT) or zsre-alt (EasyEdit)."
+    ),
+]
+SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Go on without facts that cannot be edited.")]
+BatchTokens = Annotated[int | None, typer.Option(min=1, help="Padded tokens of a forward; default: by free memory.")]
 Stats = Annotated[Path | None, typer.Option(help="Folder of second moments (ours, or the ecosystem's npz).")]
 Contexts = Annotated[Path | None, typer.Option(help="JSON file of context templates; default: sampled from the model.")]
 Preset = Annotated[str | None, typer.Option(help="Preset file or name; default: found by the model's name.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a hyper-parameter.")]
 
-METRICS = (
-    ("efficacy_success", "efficacy"),
-    ("paraphrase_success", "paraphrase"),
-    ("neighborhood_success", "neighborhood"),
-    ("score", "score"),
-    ("efficacy_accuracy", "new object most probable"),
-    ("paraphrase_accuracy", "the same, paraphrases"),
-)
+MethodName = Annotated[
+    str, typer.Option(help="Editing method: memit, memit-history, alphaedit, pmet, emmet, rome or r-rome.")
+]
+Compat = Annotated[bool, typer.Option("--compat", help="Do as the published code where the default differs.")]
+
+METRICS = {  # protocol -> (metric, what it is called)
+    "counterfact": (
+        ("efficacy_success", "efficacy"),
+        ("paraphrase_success", "paraphrase"),
+        ("neighborhood_success", "neighborhood"),
+        ("score", "score"),
+        ("efficacy_accuracy", "new object most probable"),
+        ("paraphrase_accuracy", "the same, paraphrases"),
+    ),
+    "underedit": (
+        ("efficacy_success", "efficacy"),
+        ("generalization_success", "generalization"),
+        ("specificity_success", "specificity"),
+        ("score_success", "score"),
+        ("efficacy_acc", "efficacy: tokens right"),
+        ("generalization_acc", "generalization: tokens right"),
+        ("specificity_acc", "specificity: answers as before"),
+        ("score_acc", "score of these"),
+        ("rewrite_ppl", "perplexity of the new object"),
+        ("rephrase_ppl", "the same, paraphrases"),
+        ("me_ppl", "perplexity of texts"),
+    ),
+}
+NEEDS = {  # what a missing one would need
+    "counterfact": "no fact has what it needs (target_true; paraphrases; neighbors)",
+    "underedit": "nothing has what it needs (target_true; paraphrases; neighbors or locality; --delta; --texts)",
+}
 
 
 def load(name: str, dtype: str, device: str, quantize: str | None = None) -> Model:
@@ -73,12 +105,22 @@ def new_folder(path: Path) -> Path:
     """A folder to write into that holds nothing yet. Raises `InputError` for one that does, or cannot be made."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"--out {path}: something is there already; name a new folder")
-    path = path.absolute()
+    return _reachable(path.absolute(), "folder")
+
+
+def new_file(path: Path) -> Path:
+    """A file to write that is not there. Raises `InputError` for one that is, or cannot be made."""
+    if path.exists():
+        raise InputError(f"--out {path}: something is there already; name a new file")
+    return _reachable(path.absolute(), "file")
+
+
+def _reachable(path: Path, what: str) -> Path:
     above = next(folder for folder in (path, *path.parents) if folder.exists())
     if not above.is_dir():
-        raise InputError(f"--out {path}: {above} is a file; name a new folder")
+        raise InputError(f"--out {path}: {above} is a file; name a new {what}")
     if not os.access(above, os.W_OK):
-        raise InputError(f"--out {path}: nothing can be written to {above}; name a new folder elsewhere")
+        raise InputError(f"--out {path}: nothing can be written to {above}; name a new {what} elsewhere")
     return path
 
 
@@ -135,14 +177,20 @@ def percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.1f} %"
 
 
-def print_metrics(columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Success rates, one column a state of the model; where one is missing, what it would need is said below."""
-    table = Table("", *map(escape, columns), title="success rates", title_justify="left")
-    for key, label in METRICS:
-        table.add_row(label, *(percent(metrics[key]) for metrics in columns.values()))
+def print_metrics(columns: Mapping[str, Mapping[str, Any]], protocol: str = "counterfact") -> None:
+    """Metrics, one column a state of the model; where one is missing, what it would need is said below."""
+    title = "success rates" + (", perplexities" if protocol == "underedit" else "")
+    table = Table("", *map(escape, columns), title=title, title_justify="left")
+    for key, label in METRICS[protocol]:
+        said = _perplexity if key.endswith("_ppl") else percent
+        table.add_row(label, *(said(metrics[key]) for metrics in columns.values()))
     Console().print(table)
-    if any(metrics[key] is None for metrics in columns.values() for key, _ in METRICS):
-        print("-: no fact has what it needs (target_true; paraphrases; neighbors)")
+    if any(metrics[key] is None for metrics in columns.values() for key, _ in METRICS[protocol]):
+        print(f"-: {NEEDS[protocol]}")
+
+
+def _perplexity(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def count(number: int, what: str) -> str:

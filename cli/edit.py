@@ -16,7 +16,17 @@ def edit(
         Path, typer.Argument(metavar="FACTS", help="Facts: .jsonl, .csv, or a published data set (.json).")
     ],
     out: Annotated[Path, typer.Option(help="New folder for delta.safetensors, report.json and ledger.jsonl.")],
-    method: Annotated[str, typer.Option(help="Editing method: memit or alphaedit.")] = "memit",
+    method: common.MethodName = "memit",
+    iterations: Annotated[
+        int, typer.Option(min=1, help="Passes, each from the weights that the last one left (UnderEdit).")
+    ] = 1,
+    stop_gap: Annotated[
+        float | None, typer.Option(min=0, help="End the passes once SPREAD is this near OPTIMIZATION (perplexity).")
+    ] = None,
+    neighbors: Annotated[
+        bool, typer.Option("--neighbors", help="Hold the facts' edit_neighbors as they are (OverEdit).")
+    ] = False,
+    compat: common.Compat = False,
     preset: common.Preset = None,
     settings: common.Settings = None,
     stats: common.Stats = None,
@@ -29,9 +39,8 @@ def edit(
     contexts: common.Contexts = None,
     batch_size: common.BatchSize = "auto",
     limit: common.Limit = None,
-    skip_invalid: Annotated[
-        bool, typer.Option("--skip-invalid", help="Go on without facts that cannot be edited.")
-    ] = False,
+    convention: common.Convention = None,
+    skip_invalid: common.SkipInvalid = False,
     evaluate: Annotated[bool, typer.Option(help="Measure success before and after.")] = True,
     seed: common.Seed = 0,
     device: common.Device = "auto",
@@ -64,7 +73,9 @@ def edit(
     if stats is not None and not stats.is_dir():
         raise InputError(f"--stats {stats}: no such folder; expected one that holds second moments")
     text = None if corpus is None else read_corpus(corpus)
-    wanted, skipped = scan_facts(facts, limit) if skip_invalid else (read_facts(facts, limit), [])
+    wanted, skipped = (
+        scan_facts(facts, limit, convention) if skip_invalid else (read_facts(facts, limit, convention), [])
+    )
     if not wanted:
         raise InputError(f"{facts}: none of its facts can be edited; {skipped[0].where}: {skipped[0].reason}")
     templates = None if contexts is None else read_contexts(contexts)
@@ -85,9 +96,11 @@ def edit(
             batch_size=at_once,
             impl=impl,
             listener=listener,
+            neighbors=neighbors,
+            compat=compat,
             ranks=ranks,
         )
-        done = session.edit(wanted, evaluate, skipped)
+        done = session.edit(wanted, evaluate, skipped, iterations=iterations, stop_gap=stop_gap)
         if not ranks.first:
             return
         session.save(out)
@@ -99,6 +112,7 @@ def edit(
                 "out": str(out),
                 "seconds": report["seconds"],
                 "values": report["values"],
+                "iterations": report["iterations"],
                 "before": report["before"],
                 "after": report["after"],
                 "skipped": report["skipped"],
@@ -118,6 +132,12 @@ def edit(
         print(f"statistics: {source}" + (f", {tokens:,} tokens" if tokens else ""))
     if report["values"]:
         print(values_line(report["values"]))
+    if iterations > 1:
+        for row in report["iterations"]:
+            print(
+                f"iteration {row['number']}: perplexity {row['initial']:.3g}, {row['optimization']:.3g} optimised, "
+                f"{row['spread']:.3g} with the weights written"
+            )
     print(common.seconds_line(report["seconds"]))
     print(f"written to {out}; the model with the edit in it is made by")
     words = ["rewire", "merge", str(out), "--to", model]

@@ -20,7 +20,8 @@ def plan(
     count: Annotated[
         int | None, typer.Option("--facts", min=1, help="How many (the first of the file's); default: all, or 100.")
     ] = None,
-    method: Annotated[str, typer.Option(help="Editing method: memit or alphaedit.")] = "memit",
+    convention: common.Convention = None,
+    method: common.MethodName = "memit",
     preset: common.Preset = None,
     settings: common.Settings = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Of the statistics; default: the preset's.")] = None,
@@ -43,7 +44,7 @@ def plan(
     from ..engine.plan import Texts, plan, rated_dtypes
 
     kind = find_method(method).hparams
-    texts = Texts(count or 100) if facts is None else Texts.of(read_facts(facts, count))
+    texts = Texts(count or 100) if facts is None else Texts.of(read_facts(facts, count, convention))
     found = outline(model, dtype, quantize, device)
     hparams, source = load_hparams(kind, method, found.name, found.anatomy, preset, parse_overrides(settings or []))
     rates = quick(found.device, rated_dtypes(found))

@@ -11,14 +11,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.errors import InputError
+from .objective import ATTENTION, MLP
 
-# model_type: (decoder blocks, final norm, MLP output projection in a block, norm behind that projection or None)
-_LLAMA = ("model.layers", "model.norm", "mlp.down_proj", None)
-_GEMMA = ("model.layers", "model.norm", "mlp.down_proj", "post_feedforward_layernorm")
-FAMILIES: dict[str, tuple[str, str, str, str | None]] = {
-    "gpt2": ("transformer.h", "transformer.ln_f", "mlp.c_proj", None),
-    "gptj": ("transformer.h", "transformer.ln_f", "mlp.fc_out", None),
-    "gpt_neox": ("gpt_neox.layers", "gpt_neox.final_layer_norm", "mlp.dense_4h_to_h", None),
+_Family = tuple[str, str, str, str | None, str | None]
+# model_type: (decoder blocks, final norm; in a block: MLP output projection, attention's, norm behind the MLP's)
+_LLAMA = ("model.layers", "model.norm", "mlp.down_proj", "self_attn.o_proj", None)
+_GEMMA = ("model.layers", "model.norm", "mlp.down_proj", "self_attn.o_proj", "post_feedforward_layernorm")
+FAMILIES: dict[str, _Family] = {
+    "gpt2": ("transformer.h", "transformer.ln_f", "mlp.c_proj", "attn.c_proj", None),
+    "gptj": ("transformer.h", "transformer.ln_f", "mlp.fc_out", "attn.out_proj", None),
+    "gpt_neox": ("gpt_neox.layers", "gpt_neox.final_layer_norm", "mlp.dense_4h_to_h", "attention.dense", None),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -30,12 +32,14 @@ FAMILIES: dict[str, tuple[str, str, str, str | None]] = {
         "model.language_model.layers",
         "model.language_model.norm",
         "mlp.down_proj",
+        "self_attn.o_proj",
         "post_feedforward_layernorm",
     ),
 }
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
+_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 _POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")  # names of a norm behind the projection
 
 
@@ -44,7 +48,8 @@ class Anatomy:
     """Where the parts of one model are, as module paths.
 
     model_type: the config's name of the family
-    blocks: path of the decoder blocks' list; `projection` and `post_norm` are paths within one block
+    blocks: path of the decoder blocks' list; `projection`, `attention` and `post_norm` are paths within one block
+    attention: attention's output projection, or None where it was not found
     post_norm: the norm that the projection's output passes before it is added to the residual stream, or None
     norm, head: final norm and output embedding
     softcap: final logits are softcap * tanh(logits / softcap), or None
@@ -63,10 +68,19 @@ class Anatomy:
     vocab: int
     softcap: float | None
     source: str
+    attention: str | None = None
 
-    def layer_name(self, layer: int) -> str:
-        """Path of the edited projection, as the ecosystem names statistics: `transformer.h.3.mlp.c_proj`."""
-        return f"{self.blocks}.{layer}.{self.projection}"
+    def layer_name(self, layer: int, part: str = MLP) -> str:
+        """Path of an edited projection, as the ecosystem names statistics: `transformer.h.3.mlp.c_proj`.
+
+        part: the MLP's (also where the block's output is meant), or attention's, which raises `InputError` where it is
+        not known.
+        """
+        if part != ATTENTION:
+            return f"{self.blocks}.{layer}.{self.projection}"
+        if self.attention is None:
+            raise InputError(f"{self.model_type}: unknown family, and its attention output projection was not found")
+        return f"{self.blocks}.{layer}.{self.attention}"
 
     def weight_name(self, layer: int) -> str:
         return f"{self.layer_name(layer)}.weight"
@@ -79,12 +93,8 @@ def find_anatomy(hf: nn.Module) -> Anatomy:
     _refuse(hf, config, text)
     head = _path_of(hf, hf.get_output_embeddings())  # type: ignore[operator]
     family = FAMILIES.get(config.model_type)
-    if family is not None:
-        blocks, norm, projection, post_norm = family
-        source = "family"
-    else:
-        blocks, norm, projection, post_norm = _by_structure(hf, text)
-        source = "structure"
+    source = "structure" if family is None else "family"
+    blocks, norm, projection, attention, post_norm = family or _by_structure(hf, text)
     try:
         stack = hf.get_submodule(blocks)
         assert isinstance(stack, nn.ModuleList)
@@ -100,7 +110,7 @@ def find_anatomy(hf: nn.Module) -> Anatomy:
     vocab = int(out.out_features if isinstance(out, nn.Linear) else out.weight.shape[0])  # a packed weight has no shape
     return Anatomy(
         config.model_type, blocks, projection, post_norm, norm, head,
-        len(stack), d_out, d_in, vocab, softcap, source,
+        len(stack), d_out, d_in, vocab, softcap, source, attention,
     )  # fmt: skip
 
 
@@ -166,9 +176,10 @@ def _path_of(root: nn.Module, wanted: nn.Module) -> str:
     return next(path for path, module in root.named_modules() if module is wanted)
 
 
-def _by_structure(hf: nn.Module, text: Any) -> tuple[str, str, str, str | None]:
+def _by_structure(hf: nn.Module, text: Any) -> _Family:
     """Blocks: the list as long as the config has layers. Projection: the block's last map from a wider space back to
-    the hidden size outside attention. Norm: the last norm beside the blocks."""
+    the hidden size outside attention. Attention: the last map to the hidden size inside it, by its name an output's.
+    Norm: the last norm beside the blocks."""
     name = text.model_type
     lists = [
         (path, module)
@@ -189,10 +200,18 @@ def _by_structure(hf: nn.Module, text: Any) -> tuple[str, str, str, str | None]:
             f"{name}: unknown family, and {len(candidates)} candidates for the MLP output projection in a block "
             f"({', '.join(candidates) or 'none'}) where one was expected"
         )
+    inside = [
+        path
+        for path, module in stack[0].named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and "att" in path and widths(module)[1] == text.hidden_size
+        and path.rpartition(".")[2] in _ATTENTION_OUTPUTS
+    ]  # fmt: skip
+    attention = inside[0] if len(inside) == 1 else None
     parent = hf.get_submodule(blocks.rpartition(".")[0])
     norms = [path for path, module in parent.named_children() if "norm" in type(module).__name__.lower()]
     if not norms:
         raise InputError(f"{name}: unknown family, and no final norm beside {blocks}")
     prefix = blocks.rpartition(".")[0]
     post = [path for path, _ in stack[0].named_children() if path in _POST_NORMS]
-    return blocks, f"{prefix}.{norms[-1]}" if prefix else norms[-1], candidates[0], post[0] if post else None
+    norm = f"{prefix}.{norms[-1]}" if prefix else norms[-1]
+    return blocks, norm, candidates[0], attention, post[0] if post else None

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,12 @@ class Factors:
             return self
         return Factors(self.dense(), None)
 
+    def plus(self, other: "Factors") -> "Factors":
+        """The sum of both, compact."""
+        if self.right is None or other.right is None:
+            return Factors(self.dense() + other.dense(), None)
+        return Factors(torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right])).compact()
+
     @property
     def rank(self) -> int:
         return self.left.shape[1]
@@ -68,39 +74,17 @@ class EditedWeights:
         self.updates: list[Update] = []
 
     @contextmanager
-    def provisional(self) -> Iterator[Callable[[str, Factors], float]]:
-        """`put(name, factors)` inside writes the weight at once; leaving keeps it all, an exception puts all back.
-
-        `put` returns the share of the update that rounding to the weight's dtype lost (relative Frobenius norm).
-        """
-        update: Update = {}
-        before: dict[str, Tensor | None] = {}
-
-        def put(name: str, factors: Factors) -> float:
-            if not factors.finite():
-                raise InputError(f"{name}: its update holds NaN or infinity; no weight was changed")
-            writable(name, self._module(name))
-            parameter = self._parameter(name)
-            self._check_untouched(name)
-            if name not in self.originals:
-                self.originals[name] = parameter.detach().clone()
-            before.setdefault(name, self.sums.get(name))
-            weight, total, lost = self._add(name, before[name], factors)
-            if not math.isfinite(lost):
-                dtype = str(parameter.dtype).removeprefix("torch.")
-                raise InputError(f"{name}: with its update it holds NaN or infinity in {dtype}; nothing was changed")
-            with torch.no_grad():
-                parameter.copy_(weight)
-            self.sums[name], update[name] = total, factors
-            return lost
-
+    def provisional(self) -> Iterator["Provisional"]:
+        """`put(name, factors)` inside writes the weight at once; leaving keeps it all, an exception puts all back."""
+        put = Provisional(self)
         try:
             yield put
+            put.settle()
         except BaseException:
-            for name, total in before.items():
+            for name, total in put.before.items():
                 self._restore(name, total)
             raise
-        self.updates.append(update)
+        self.updates.append(put.update)
 
     def undo_last(self) -> None:
         """Weights as they were before the last update, bit for bit: the sum is made again without it."""
@@ -162,6 +146,59 @@ class EditedWeights:
 
     def _parameter(self, name: str) -> nn.Parameter:
         return self._module(name).weight  # type: ignore[return-value]
+
+
+class Provisional:
+    """One edit's update while it is made.
+
+    update: weight name -> the sum of what was put there; before: weight name -> its float32 sum before the edit
+    """
+
+    def __init__(self, weights: EditedWeights) -> None:
+        self.weights = weights
+        self.update: Update = {}
+        self.before: dict[str, Tensor | None] = {}
+        self._loose: set[str] = set()  # written in several parts
+
+    def __call__(self, name: str, factors: Factors) -> float:
+        """Writes one more part of the update; returns the share of it that rounding to the weight's dtype lost
+        (relative Frobenius norm). Raises `InputError` where numbers are not finite, or somebody else wrote the weight.
+        """
+        weights = self.weights
+        if not factors.finite():
+            raise InputError(f"{name}: its update holds NaN or infinity; no weight was changed")
+        writable(name, weights._module(name))
+        parameter = weights._parameter(name)
+        weights._check_untouched(name)
+        if name not in weights.originals:
+            weights.originals[name] = parameter.detach().clone()
+        self.before.setdefault(name, weights.sums.get(name))
+        lost = self._write(name, weights.sums.get(name), factors)
+        if name in self.update:
+            self._loose.add(name)
+            factors = self.update[name].plus(factors)
+        self.update[name] = factors
+        return lost
+
+    def settle(self) -> dict[str, float]:
+        """What was written in parts is written anew as one update: to the bits that the saved delta gives.
+
+        Returns weight name -> the share of its whole update that rounding lost, of those.
+        """
+        lost = {name: self._write(name, self.before[name], self.update[name]) for name in sorted(self._loose)}
+        self._loose.clear()
+        return lost
+
+    def _write(self, name: str, base: Tensor | None, factors: Factors) -> float:
+        parameter = self.weights._parameter(name)
+        weight, total, lost = self.weights._add(name, base, factors)
+        if not math.isfinite(lost):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(f"{name}: with its update it holds NaN or infinity in {dtype}; nothing was changed")
+        with torch.no_grad():
+            parameter.copy_(weight)
+        self.weights.sums[name] = total
+        return lost
 
 
 def readable(path: Path) -> None:

@@ -19,10 +19,11 @@ from ..kernels.errors import InputError
 from ..kernels.gather_mean import gather_mean_
 from ..stats.collect import batches
 from ..stats.memory import free_bytes
+from .anatomy import widths
 from .model import Model
-from .passes import forward_bytes, fused, out_of_memory, tokens_that_fit
+from .objective import ATTENTION, BLOCK, MLP
+from .passes import Call, forward_bytes, fused, out_of_memory, tokens_that_fit
 from .prompts import Row, pad
-from .suffix import Call
 from .walk import Parted, calls_until, cut_calls, embed, part, run_blocks
 
 log = logging.getLogger("rewire")
@@ -43,18 +44,27 @@ def key_weights(generated: int) -> Tensor:
     return torch.tensor([0.5] + [0.5 / generated] * generated)
 
 
+def flat_weights(generated: int) -> Tensor:
+    """ROME's weights of a fact's rows: all alike."""
+    return torch.full((1 + generated,), 1 / (1 + generated))
+
+
 @dataclass(frozen=True)
 class Measured:
     """What the solve of one layer starts from, float32.
 
     K: [n, d_in], one key a fact: of its plain row and its context rows, weighted; on the layer's device
-    H: [n, d_model], the z-layer's output at the subject of the plain row; on the z-layer's device
-    given: [n, d_model], what the projection gives there, in families that have a norm behind it; else None; as K
+    H: [n, parts of the site * d_model], what is there in the z-layer at the subject of the plain row: of BLOCK its
+        output, else what the projection gives; on the z-layer's device
+    given: [n, d_model], what the projection gives there, where BLOCK is asked for in families that have a norm behind
+        it; else None; as K
+    attention: as K, what attention's projection reads, where the site has it
     """
 
     K: Tensor
     H: Tensor
     given: Tensor | None
+    attention: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -93,6 +103,8 @@ class KeyWalk:
     batch_tokens: padded tokens of a forward; None: from the free memory
     room: bytes that may be kept between two layers; None: from the free memory. A row that finds no room is run again
         from the block's input, or from the embeddings: slower, the same keys.
+    site: what H is of, and with ATTENTION in it also keys of that projection, whose weights are written too
+    weigh: generated contexts of a fact -> weights of its rows in its key
     """
 
     def __init__(
@@ -102,14 +114,19 @@ class KeyWalk:
         layers: Sequence[int],
         batch_tokens: int | None = None,
         room: int | None = None,
+        *,
+        site: tuple[str, ...] = (BLOCK,),
+        weigh: Callable[[int], Tensor] = key_weights,
     ) -> None:
         self.model = model
+        self.site = site
         self.layers = list(layers)
         self.facts = len(rows)
         self.done = 0  # rows, over all layers
         self.total = len(self.layers) * sum(map(len, rows))
         self._tokens = batch_tokens or tokens_that_fit(model, forward_bytes(model))
-        self._batches = [batch for plain in (True, False) for batch in _batches(model, rows, self._tokens, plain)]
+        both = (_batches(model, rows, weigh, self._tokens, plain) for plain in (True, False))
+        self._batches = [batch for batches in both for batch in batches]
         places = {self._place(layer) for layer in self.layers}
         self._room = min(kept_bytes(place, free_bytes(place)) for place in places) if room is None else room
         self._give_room()
@@ -137,7 +154,7 @@ class KeyWalk:
             tokens = batch.ids.numel()
             rest -= before * tokens
             batch.keeps = "nothing"
-            if parted * tokens + rest <= room:
+            if parted * tokens + rest <= room and ATTENTION not in self.site:  # attention's part of it is to change
                 batch.keeps = "parted"
                 room -= parted * tokens
             elif before * tokens <= room:
@@ -170,23 +187,33 @@ class KeyWalk:
 
     def _nothing_yet(self, layer: int) -> Measured:
         anatomy, here = self.model.anatomy, self._place(layer)
+        behind = anatomy.post_norm is not None and BLOCK in self.site
         return Measured(
             torch.zeros(self.facts, anatomy.d_in, device=here),
-            torch.zeros(self.facts, anatomy.d_model, device=self._place(self.layers[-1])),
-            None if anatomy.post_norm is None else torch.zeros(self.facts, anatomy.d_model, device=here),
+            self._no_hidden(),
+            torch.zeros(self.facts, anatomy.d_model, device=here) if behind else None,
+            torch.zeros(self.facts, widths(self.model.projection(layer, ATTENTION))[0], device=here)
+            if ATTENTION in self.site
+            else None,
         )
+
+    def _no_hidden(self) -> Tensor:
+        width = len(self.site) * self.model.anatomy.d_model
+        return torch.zeros(self.facts, width, device=self._place(self.layers[-1]))
 
     def _run(self, batch: _Batch, layer: int, found: Measured) -> bool:
         """Adds a batch to what was found. Where it ends for want of memory, nothing is added to K: H and `given` are
         only set, so that it may be run again."""
         calls = self._calls_of(batch)
         hidden = self._input_of(batch, layer, calls)
-        parted = part(self.model, hidden, calls, layer)
+        parted = part(self.model, hidden, calls, layer, ATTENTION in self.site)
         subject = self._plain(batch, parted, calls, found) if batch.plain else None
         here = parted.read.device
         position, fact, weight = (side.to(here) for side in (batch.position, batch.fact, batch.weight))
         gather_mean_(found.K, parted.read, position, fact, weight)
-        if layer == self.layers[-1]:
+        if found.attention is not None and parted.attended is not None:
+            gather_mean_(found.attention, parted.attended, position, fact, weight)
+        if layer == self.layers[-1] and ATTENTION not in self.site:
             if subject is not None:
                 self._at_subject.append((batch.fact.to(found.H.device), subject))
         elif batch.keeps != "nothing":
@@ -218,12 +245,31 @@ class KeyWalk:
 
     @torch.no_grad()
     def hidden(self) -> Tensor:
-        """H, [n, d_model] float32, with all weights as they are: after the z-layer was measured."""
-        H = torch.zeros(self.facts, self.model.anatomy.d_model, device=self._place(self.layers[-1]))
+        """H, as of `measure`, float32, with all weights as they are: after the z-layer was measured."""
+        H, z_layer = self._no_hidden(), self.layers[-1]
         with fused(self.model):
+            if ATTENTION in self.site:  # what stands beside the MLP has changed as well
+                for batch in self._batches:
+                    if batch.plain:
+                        calls = self._calls_of(batch)
+                        hidden = self._input_of(batch, z_layer, calls)
+                        parted = part(self.model, hidden, calls, z_layer, attention=True).at(batch.position)
+                        H[batch.fact.to(H.device)] = self._there(parted)
             for fact, parted in self._at_subject:
-                H[fact] = parted.join(self.model).float()
+                H[fact] = self._there(parted)
         return H
+
+    def _there(self, subject: Parted) -> Tensor:
+        """[rows, parts * d_model] float32, of the z-layer's two parts at the subject."""
+        found = [
+            subject.join(self.model)
+            if what == BLOCK
+            else subject.given(self.model)
+            if what == MLP
+            else subject.attention(self.model)
+            for what in self.site
+        ]
+        return torch.cat([each.float() for each in found], 1)
 
     def _calls_of(self, batch: _Batch) -> list[Call]:
         if not self._calls:
@@ -248,8 +294,8 @@ class KeyWalk:
             found.given[batch.fact.to(found.given.device)] = subject.given(self.model).float()
         if layer != z_layer:
             hidden = run_blocks(self.model, parted.join(self.model), calls, layer + 1, z_layer)
-            subject = part(self.model, hidden, calls, z_layer).at(batch.position)
-        found.H[batch.fact.to(found.H.device)] = subject.join(self.model).float()
+            subject = part(self.model, hidden, calls, z_layer, ATTENTION in self.site).at(batch.position)
+        found.H[batch.fact.to(found.H.device)] = self._there(subject).to(found.H.device)
         return subject
 
 
@@ -264,10 +310,12 @@ def _that_fits(make: Callable[[], _Made]) -> _Made | None:
     return None
 
 
-def _batches(model: Model, rows: Sequence[Sequence[Row]], tokens: int, plain: bool) -> list[_Batch]:
+def _batches(
+    model: Model, rows: Sequence[Sequence[Row]], weigh: Callable[[int], Tensor], tokens: int, plain: bool
+) -> list[_Batch]:
     """Batches of all plain rows, or of all context rows, longest first."""
     chosen = [(row, fact) for fact, group in enumerate(rows) for row in (group[:1] if plain else group[1:])]
-    shares = [key_weights(len(group) - 1) for group in rows]
+    shares = [weigh(len(group) - 1) for group in rows]
     weight = torch.cat([share[:1] if plain else share[1:] for share in shares])
     fact = torch.tensor([fact for _, fact in chosen], dtype=torch.long)
     position = torch.tensor([row.position for row, _ in chosen], dtype=torch.long)

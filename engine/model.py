@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.errors import InputError
 from .anatomy import Anatomy, find_anatomy, stored_as, writable
+from .objective import MLP
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZE = ("nf4", "fp4", "int8")  # what bitsandbytes makes while it loads
@@ -66,8 +67,9 @@ class Model:
     def block(self, layer: int) -> nn.Module:
         return self.hf.get_submodule(f"{self.anatomy.blocks}.{layer}")
 
-    def projection(self, layer: int) -> nn.Module:
-        return self.hf.get_submodule(self.anatomy.layer_name(layer))
+    def projection(self, layer: int, part: str = MLP) -> nn.Module:
+        """The MLP's output projection, or attention's."""
+        return self.hf.get_submodule(self.anatomy.layer_name(layer, part))
 
     def post_norm(self, layer: int) -> nn.Module | None:
         """The norm that the projection's output passes before it is added, where the family has one."""

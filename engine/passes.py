@@ -27,6 +27,7 @@ GPU_TOKENS = 65536
 
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # of a block: positional and keyword arguments behind the hidden states
 
 
 class Stop(Exception):
@@ -257,15 +258,22 @@ def continuations(model: Model, prompts: Sequence[str], tokens: int, batch_token
 
 
 @torch.no_grad()
-def sample_contexts(model: Model, seed: int) -> tuple[str, ...]:
-    """One context template for each of MEMIT's seed words, sampled (top-k) to `CONTEXT_TOKENS` tokens with BOS."""
+def sample_contexts(
+    model: Model, seed: int, asked: Sequence[tuple[int, int]] = ((CONTEXT_TOKENS, len(SEED_WORDS)),)
+) -> tuple[str, ...]:
+    """Context templates that begin with the published seed words, sampled (top-k).
+
+    asked: (tokens, with the word's own and BOS; templates of that length, a multiple of the words) of each kind
+    """
     generator = torch.Generator().manual_seed(seed)
-    rows = prompt_ids(model.tokenizer, SEED_WORDS)
-    while growing := [row for row in rows if len(row) < CONTEXT_TOKENS]:
+    words = prompt_ids(model.tokenizer, SEED_WORDS)
+    wanted = [(length, list(word)) for length, count in asked for word in words for _ in range(count // len(words))]
+    while growing := [row for length, row in wanted if len(row) < length]:
         kept = [Row(tuple(row)) for row in growing]
-        hidden = final_hidden(model, kept, [[len(row) - 1] for row in growing], batch_tokens=CONTEXT_TOKENS * len(rows))
+        together = sum(len(row) for row in growing)
+        hidden = final_hidden(model, kept, [[len(row) - 1] for row in growing], batch_tokens=together)
         top = model.logits(hidden).cpu().topk(CONTEXT_TOP_K)
         picks = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
         for row, token in zip(growing, top.indices.gather(1, picks)[:, 0].tolist(), strict=True):
             row.append(token)
-    return tuple(clean_context(model.tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
+    return tuple(clean_context(model.tokenizer.decode(row, skip_special_tokens=True)) for _, row in wanted)

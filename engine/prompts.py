@@ -72,6 +72,15 @@ def kl_rows(tokenizer: Any, facts: Sequence[Fact]) -> list[Row]:
     return [row.until_subject() for row in _tokenise(tokenizer, [_compose(PLAIN, KL_PROMPT, f.subject) for f in facts])]
 
 
+def neighbor_rows(tokenizer: Any, facts: Sequence[Fact], context: str, max_length: int) -> list[list[Row]]:
+    """For each fact one row an edit-time neighbour, under one context template, its own object appended."""
+    texts = [_compose(context, n.prompt, n.subject, n.target) for fact in facts for n in fact.edit_neighbors]
+    rows = iter(_tokenise(tokenizer, texts))
+    found = [[next(rows) for _ in fact.edit_neighbors] for fact in facts]
+    _check_lengths(facts, found, max_length)
+    return found
+
+
 def answer_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """For each (prompt, target) the row "<prompt> <target>" with the target's tokens as labels."""
     return _tokenise(tokenizer, [_answer(prompt, target) for prompt, target in pairs])
@@ -131,7 +140,7 @@ def _group(rows: list[Row], size: int) -> list[list[Row]]:
 
 def _check_lengths(facts: Sequence[Fact], rows: list[list[Row]], max_length: int) -> None:
     pairs = zip(facts, rows, strict=True)
-    long = [f"{fact.id} ({fact.subject})" for fact, group in pairs if max(len(row.ids) for row in group) > max_length]
+    long = [f"{fact.id} ({fact.subject})" for fact, group in pairs if any(len(row.ids) > max_length for row in group)]
     if long:
         raise InputError(
             f"longer than the model's {max_length} tokens under a context template, {len(long)} of {len(facts)} facts: "

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -27,17 +28,19 @@ from ..stats.derived import Derived
 from ..stats.memory import free_bytes
 from ..stats.projections import Projections, basis_of, read_projections
 from ..stats.ranks import ALONE, Ranks
-from .delta import Delta, EditedWeights
-from .editors.registry import Job, find_method
+from .delta import Delta, EditedWeights, Provisional
+from .editors.registry import Job, Outcome, find_method
 from .evaluation import evaluate
 from .facts import Fact, InvalidFact, digest, to_record
 from .hparams import load_hparams
 from .model import DEMO, Model, demo_file, editable
+from .objective import Objective
 from .passes import continuations, sample_contexts
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
 from .statistics import second_moments
 from .value_store import value_folder
+from .values import perplexities
 
 log = logging.getLogger("rewire")
 
@@ -53,17 +56,58 @@ SAID_TOKENS = 6  # how much the report quotes of what the model says
 
 @dataclass(frozen=True)
 class Edit:
-    """One applied edit. `report` says everything: phases, layers, every fact before and after."""
+    """One applied edit.
+
+    report: everything: phases, iterations, layers, every fact before and after
+    keys: that it left in the method's state, where that holds keys
+    """
 
     id: str
     facts: tuple[Fact, ...]
     report: dict[str, Any]
+    keys: int
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One pass of an edit (arXiv 2503.11895). Perplexities are exp(nll) of a fact's target over its token rows under
+    all templates, those of its neighbours among them where they entered the values.
+
+    number: from 1
+    facts: of each: init_ppl (as weights were), opt_ppl (with its delta added), spread_ppl (with weights written)
+    initial, optimization, spread: their means over facts
+    seconds: of each phase
+    """
+
+    number: int
+    facts: list[dict[str, float]]
+    initial: float
+    optimization: float
+    spread: float
+    seconds: dict[str, float]
+
+
+def _iteration(number: int, outcome: Outcome, spread: Sequence[float], seconds: dict[str, float]) -> Iteration:
+    facts = [
+        {"init_ppl": math.exp(of["nll_before"]), "opt_ppl": math.exp(of["nll_with_delta"]), "spread_ppl": after}
+        for of, after in zip(outcome.facts, spread, strict=True)
+    ]
+
+    def mean(name: str) -> float:
+        return sum(fact[name] for fact in facts) / len(facts)
+
+    return Iteration(number, facts, mean("init_ppl"), mean("opt_ppl"), mean("spread_ppl"), seconds)
+
+
+def _since(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each phase that has run since."""
+    return {name: round(t - before.get(name, 0.0), 4) for name, t in now.items() if t > before.get(name, 0.0)}
 
 
 class EditSession:
     """Edits one model, in order.
 
-    method: "memit" or "alphaedit"
+    method: one of `engine.editors.registry.method_names`
     preset: a YAML file or the name of a shipped preset; None: found by the model's name
     hparams: single hyper-parameters that replace the preset's
     stats: a folder of second moments; None: the cache, else collected on the fly
@@ -74,6 +118,8 @@ class EditSession:
     batch_size: facts whose values are optimised at once; None: from the free memory
     impl: "auto", "torch" or "triton": what serves the operations of `rewire.kernels`; the report names what did
     listener: called with (phase, done, total) while an edit runs
+    neighbors: the facts' `edit_neighbors` enter the values, as what shall stay (they never enter keys or solves)
+    compat: what the published implementations do where the default is otherwise (docs/methods.md)
     ranks: processes that each have such a session, on the same model, and edit the same facts (`stats.ranks.join`):
         they share contexts, statistics and values; the first one evaluates
 
@@ -95,6 +141,8 @@ class EditSession:
         batch_size: int | None = None,
         impl: str = "auto",
         listener: Listener = silent,
+        neighbors: bool = False,
+        compat: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
@@ -109,6 +157,9 @@ class EditSession:
         with using(impl):  # an unknown one is refused now
             pass
         self.listener = listener
+        self.compat = compat
+        factor = getattr(self.hparams, "nll_loss_factor", None)
+        self.objective = Objective(self.method.site, factor, neighbors, compat)
         self.ranks = ranks
         self.fingerprint = model.fingerprint  # of what this session starts from
         self.edits: list[Edit] = []
@@ -120,60 +171,89 @@ class EditSession:
             if method != "alphaedit":
                 raise InputError(f"{projections}: null-space projections are AlphaEdit's; {method} takes none")
             self._projections = read_projections(projections, self.hparams.layers, model.anatomy.d_in)
-        self._moments: dict[int, Tensor] = {}
-        self._digests: dict[int, str] = {}
+        self._moments: dict[str, Tensor] = {}
+        self._digests: dict[str, str] = {}
         self._derived = Derived(cache_root() / "stats" / "derived")
-        self._kept: dict[tuple[int, str], Any] = {}
+        self._kept: dict[tuple[str, str], Any] = {}
         self._state: Any = None  # what the method's last edit left
         self._statistics: dict[str, dict[str, Any]] = {}
 
-    def edit(self, facts: Sequence[Fact], evaluate: bool = True, skipped: Sequence[InvalidFact] = ()) -> Edit:
+    def edit(
+        self,
+        facts: Sequence[Fact],
+        evaluate: bool = True,
+        skipped: Sequence[InvalidFact] = (),
+        *,
+        iterations: int = 1,
+        stop_gap: float | None = None,
+        watch: Callable[[Iteration], None] = lambda iteration: None,
+    ) -> Edit:
         """Changes the weights so that all `facts` read as they ask; whole, or not at all.
 
         evaluate: measure success rates, and quote what the model says, before and after
         skipped: records that were left out, for the report
+        iterations: passes, each with values and keys afresh from the weights that the last one left (arXiv 2503.11895)
+        stop_gap: no further pass once |SPREAD - OPTIMIZATION| perplexity is at most this; None: all passes
+        watch: called behind each pass, with the weights as it left them
         """
         if not facts:
             raise InputError("no facts to edit")
         if isinstance(facts, Fact) or not all(isinstance(fact, Fact) for fact in facts):
             raise InputError("edit takes a list of rewire.Fact; rewire.read_facts(path) makes one")
+        if iterations < 1:
+            raise InputError(f"iterations is {iterations}; expected a whole number from 1 on")
         facts = tuple(facts)
         _warn_of_contradictions(facts)
         with using(self.impl), recording() as served:
-            edit, state = self._edit(facts, evaluate, skipped, served)
+            edit, state = self._edit(facts, evaluate, skipped, served, (iterations, stop_gap, watch))
         self.edits.append(edit)
         self._state = state
         return edit
 
     def _edit(
-        self, facts: tuple[Fact, ...], evaluate: bool, skipped: Sequence[InvalidFact], served: Counter[tuple[str, str]]
+        self,
+        facts: tuple[Fact, ...],
+        evaluate: bool,
+        skipped: Sequence[InvalidFact],
+        served: Counter[tuple[str, str]],
+        passes: tuple[int, float | None, Callable[[Iteration], None]],
     ) -> tuple[Edit, Any]:
         editable(self.model)
         phases = Phases(self.listener)
         with phases("contexts"):
             if self.contexts is None:
-                self.contexts = self.ranks.same(sample_contexts(self.model, self.seed) if self.ranks.first else None)
+                asked = self.hparams.context_template_length_params
+                sampled = sample_contexts(self.model, self.seed, asked) if self.ranks.first else None
+                self.contexts = self.ranks.same(sampled)
             assert self.contexts is not None
+        iterations, stop_gap, watch = passes
+        done: list[dict[str, Any]] = []
+        state = self._state
         with self.weights.provisional() as put:  # whatever fails inside, all weights are put back
             evaluate = evaluate and self.ranks.first
-            job = Job(
-                self.model,
-                facts,
-                self.contexts,
-                self.hparams,
-                lambda layers: self._second_moments(layers, phases),
-                self._factor,
-                self._space,
-                put,
-                phases,
-                self._state,
-                self.batch_size,
-                self._value_folder(self.contexts),
-                self.ranks,
-            )
-            self.method.check(job)  # what can be refused is refused before the long work
-            before = self._look(facts, phases, "evaluate_before") if evaluate else None
-            outcome = self.method.edit(job)
+            before = None
+            for number in range(1, iterations + 1):
+                spent = dict(phases.seconds)
+                job = self._job(facts, put, phases, state)
+                if number == 1:
+                    self.method.check(job)  # what can be refused is refused before the long work
+                    before = self._look(facts, phases, "evaluate_before") if evaluate else None
+                outcome = self.method.edit(job)
+                lost = put.settle()
+                for layer in outcome.layers:
+                    layer["lost_to_rounding"] = lost.get(layer["weight"], layer["lost_to_rounding"])
+                if self.compat:  # published: a batch that is edited again counts once more
+                    state = outcome.state
+                with phases("spread"):
+                    spread = perplexities(self.model, facts, job.contexts, self.objective)
+                now = _iteration(number, outcome, spread, _since(spent, phases.seconds))
+                done.append(
+                    {name: value for name, value in asdict(now).items() if name != "facts"}
+                    | {"layers": outcome.layers, "values": outcome.values}
+                )
+                watch(now)
+                if stop_gap is not None and abs(now.spread - now.optimization) <= stop_gap:
+                    break
             after = self._look(facts, phases, "evaluate_after") if evaluate else None
             report = {
                 **self._describe(facts),
@@ -183,15 +263,37 @@ class EditSession:
                 "after": after and after["metrics"],
                 "values": outcome.values,
                 "layers": outcome.layers,
+                "iterations": done,
                 "facts": [
                     to_record(fact)
                     | result
+                    | {"spread_ppl": spread[i]}
                     | ({"before": before["facts"][i], "after": after["facts"][i]} if before and after else {})
                     for i, (fact, result) in enumerate(zip(facts, outcome.facts, strict=True))
                 ],
                 "skipped": [asdict(record) for record in skipped],
             }
-        return Edit(report["id"], facts, report), outcome.state
+        keys = len(facts) * (len(done) if self.compat else 1)
+        return Edit(report["id"], facts, report, keys), outcome.state
+
+    def _job(self, facts: tuple[Fact, ...], put: Provisional, phases: Phases, state: Any) -> Job:
+        assert self.contexts is not None
+        return Job(
+            self.model,
+            facts,
+            self.contexts,
+            self.hparams,
+            self.objective,
+            lambda names: self._second_moments(names, phases),
+            self._factor,
+            self._space,
+            put,
+            phases,
+            state,
+            self.batch_size,
+            self._value_folder(self.contexts),
+            self.ranks,
+        )
 
     def undo(self, identity: str) -> None:
         """Takes the last edit back: the weights are bit for bit what they were before it."""
@@ -203,7 +305,7 @@ class EditSession:
         with using(self.impl):  # the same sums to the last bit
             self.weights.undo_last()
         gone = self.edits.pop()
-        self._state = self.method.forget(self._state, len(gone.facts))
+        self._state = self.method.forget(self._state, gone.keys)
 
     @property
     def delta(self) -> Delta:
@@ -239,24 +341,23 @@ class EditSession:
             record["said"] = text
         return result
 
-    def _second_moments(self, layers: Sequence[int], phases: Phases) -> dict[int, Tensor]:
-        missing = [layer for layer in layers if layer not in self._moments]
+    def _second_moments(self, names: Sequence[str], phases: Phases) -> dict[str, Tensor]:
+        missing = [name for name in names if name not in self._moments]
         if self._projections is not None:  # C itself does not enter
             self._statistics = {"projections": {"source": str(self._projections.path)}}
             return {}
         if missing:
-            name_of = {self.model.anatomy.layer_name(layer): layer for layer in missing}
             with phases("statistics") as tick:
                 corpus = None if self._stats else self._read_corpus()
                 if self._corpus is None and corpus is not None and self.model.name != DEMO:
                     log.warning("no corpus named: second moments come from the demo's small text (see --corpus)")
-                if self.weights.updates and self._stats is None:
+                if self.weights.sums and self._stats is None:
                     raise InputError("statistics are those of the unedited model: it was edited before they were there")
                 wanted = self.hparams
                 tokens = wanted.mom2_tokens or 20 * self.model.anatomy.d_in
                 found: dict[str, Moment] = {}
                 for ranks in (self.ranks, ALONE):  # what was collected together is the first's; others read it then
-                    lacking = [name for name in name_of if name not in found]
+                    lacking = [name for name in missing if name not in found]
                     if not lacking:
                         break
                     found |= second_moments(
@@ -272,46 +373,46 @@ class EditSession:
                     )
             for name in list(found):
                 moment = found.pop(name)  # its triangle goes as the next mean comes
-                self._moments[name_of[name]] = moment.mean
-                self._digests[name_of[name]] = moment.digest
+                self._moments[name] = moment.mean
+                self._digests[name] = moment.digest
                 over = None if corpus is None else f"{corpus.name}-{corpus.digest}"
                 self._statistics[name] = {"source": moment.source, "tokens": moment.count, "corpus": over}
-        return {layer: self._moments[layer] for layer in layers}
+        return {name: self._moments[name] for name in names}
 
     def _value_folder(self, contexts: Sequence[str]) -> Path:
         """Where values are kept that are made of the model as it is now; of all ranks one."""
         first = self.ranks.first
-        name = value_folder(self.model, contexts, self.hparams) if first else None
+        name = value_folder(self.model, contexts, self.hparams, self.objective) if first else None
         return cache_root() / "values" / str(self.ranks.same(name))
 
     def _read_corpus(self) -> Corpus:
         named = self._corpus or demo_file("corpus.txt")
         return named if isinstance(named, Corpus) else read_corpus(named)
 
-    def _factor(self, layer: int) -> Factor:
-        C, digest, name = self._moments[layer], self._digests[layer], self.model.anatomy.layer_name(layer)
-        return self._keep(layer, "factor", lambda device: self._derived.factor(digest, C, device, name))
+    def _factor(self, name: str) -> Factor:
+        C, digest = self._moments[name], self._digests[name]
+        return self._keep(name, "factor", lambda device: self._derived.factor(digest, C, device, name))
 
-    def _space(self, layer: int, threshold: float) -> NullSpace:
+    def _space(self, name: str, threshold: float) -> NullSpace:
         published = self._projections
         if published is not None:
-            return self._keep(layer, "published", lambda device: basis_of(published[layer]).to(device))
-        C, digest = self._moments[layer], self._digests[layer]
+            layer = next(layer for layer in published.layers if self.model.anatomy.layer_name(layer) == name)
+            return self._keep(name, "published", lambda device: basis_of(published[layer]).to(device))
+        C, digest = self._moments[name], self._digests[name]
         return self._keep(
-            layer, f"null space {threshold}", lambda device: self._derived.null_space(digest, C, device, threshold)
+            name, f"null space {threshold}", lambda device: self._derived.null_space(digest, C, device, threshold)
         )
 
-    def _keep(self, layer: int, what: str, make: Callable[[torch.device], Made]) -> Made:
-        """What is made of a layer's C, on the layer's device; kept there or on the CPU while memory is plentiful."""
-        weight = self.model.projection(layer).weight
-        assert isinstance(weight, Tensor)
-        if (layer, what) in self._kept:
-            kept: Made = self._kept[layer, what]
+    def _keep(self, name: str, what: str, make: Callable[[torch.device], Made]) -> Made:
+        """What is made of a C, on its layer's device; kept there or on the CPU while memory is plentiful."""
+        weight = self.model.hf.get_parameter(f"{name}.weight")
+        if (name, what) in self._kept:
+            kept: Made = self._kept[name, what]
             return kept.to(weight.device)
         made = make(weight.device)
         for place in dict.fromkeys((weight.device, torch.device("cpu"))):
             if free_bytes(place) > KEEP * 8 * self.model.anatomy.d_in**2:
-                self._kept[layer, what] = made.to(place)
+                self._kept[name, what] = made.to(place)
                 break
         return made
 
@@ -328,6 +429,8 @@ class EditSession:
             "preset": self.preset,
             "hparams": self.hparams.model_dump(mode="json"),
             "contexts": list(self.contexts or ()),
+            "neighbors": self.objective.neighbors,
+            "compat": self.compat,
             "seed": self.seed,
             "facts_digest": digest(facts),
             "fact_count": len(facts),

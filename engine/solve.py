@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.spd_solve import (
+    TOLERANCE,
     Factor,
     KeySystem,
     NullSpace,
@@ -16,6 +17,7 @@ from ..kernels.spd_solve import (
     push_through,
     regular_factor,
     spd_solve,
+    with_history,
     woodbury,
 )
 from .delta import Factors
@@ -30,20 +32,23 @@ def memit_update(
 ) -> tuple[Factors, SolveInfo]:
     """MEMIT's closed form: Delta = Rᵀ Xᵀ with (weight C + Kᵀ K) X = Kᵀ (arXiv 2210.07229, eq. 14).
 
-    K: [n, d_in] keys; R: [n, d_out] residuals; C: [d_in, d_in] mean of k kᵀ; weight: lambda
+    K: [n, d_in] keys; R: [n, d_out] residuals; C: [d_in, d_in] mean of k kᵀ; weight: lambda; at 0 the keys map to
+        their residuals exactly, by the least update in C's metric, and must be independent
     factor: gives the `regular_factor` of C, on K's device. Where C has no full rank, so that the factor has a ridge,
         C + ridge I stands for C, however many keys there are
     Returns (float32 factors: left [d_out, n], right [n, d_in]; how the solve went, with the ridge).
     Raises `SolveError` where the system cannot be solved to a relative residual of 1e-6.
     """
     C = C.to(K.device)
-    known: Factor | None = None
+    known = None
     try:
         known = factor() if factor else regular_factor(C)
-        if 4 * len(K) < len(C):  # Woodbury's form is cheaper
+        if 4 * len(K) < len(C) or not weight:  # Woodbury's form is cheaper
             Xt, info = woodbury(known, C, K, weight)
             return _factors(R, Xt), info
     except SolveError as error:  # C alone is harder than with the keys added to it
+        if not weight:
+            raise
         log.info("solved as one dense system: %s", error)
     ridge, known = known.ridge if known else 0.0, None  # the dense system needs the room
     K = K.double()
@@ -63,6 +68,37 @@ def alphaedit_update(K: Tensor, R: Tensor, space: NullSpace, before: KeySystem) 
     """
     Xt, system, info = push_through(space, K, before)
     return _factors(R, Xt), system, info
+
+
+def memit_history_update(
+    K: Tensor, R: Tensor, C: Tensor, factor: Factor, before: KeySystem
+) -> tuple[Factors, KeySystem, SolveInfo]:
+    """MEMIT's closed form beside all earlier keys K_p: Delta = Rᵀ Xᵀ with (lambda C + K_pᵀ K_p + Kᵀ K) X = Kᵀ (OTE-SE).
+
+    K: [n, d_in] keys; R: [n, d_out] residuals; C: [d_in, d_in]; factor: the `regular_factor` of C, on K's device
+    before: the earlier keys, and lambda
+    Returns (float32 factors as of `memit_update`; the system with these keys in it; how the solve went).
+    """
+    Xt, system, info = with_history(factor, C.to(K.device), K, before)
+    return _factors(R, Xt), system, info
+
+
+def inverse_times(K: Tensor, C: Tensor, factor: Callable[[], Factor]) -> tuple[Tensor, SolveInfo]:
+    """C⁻¹ k for each key, as ROME's u has it: [n, d_in] float64, and how the solve went.
+
+    K: [n, d_in]; C: [d_in, d_in]; factor: gives the `regular_factor` of C, on K's device
+    """
+    known, B = factor(), K.double().T
+    C = C.to(K.device, torch.float64)
+    X = known.solve(B)
+    for steps in range(2):
+        left = B - C @ X - known.ridge * X
+        residual = float(left.norm() / B.norm())
+        if residual <= TOLERANCE:
+            return X.T, SolveInfo(residual, known.condition, known.dtype, steps, "factor", "full", known.ridge)
+        X = X + known.solve(left)
+    X, info = spd_solve(C + known.ridge * torch.eye(len(C), dtype=C.dtype, device=C.device), B)
+    return X.T, replace(info, ridge=known.ridge)
 
 
 def _factors(R: Tensor, Xt: Tensor) -> Factors:

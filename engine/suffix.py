@@ -17,10 +17,11 @@ from transformers import Cache, DynamicCache
 
 from ..kernels.errors import InputError
 from ..kernels.gather_mean import scatter_add
+from .entry import Entry, Gate, Seen
 from .model import Model
-from .passes import Stop, blocks_until, frozen, hidden_of, hooks, run_until
+from .objective import ATTENTION
+from .passes import Call, Stop, blocks_until, frozen, hidden_of, hooks, run_until
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments behind the hidden states
 Calls = dict[int, Call]  # block -> what it is called with
 
 
@@ -95,6 +96,7 @@ class Suffix:
     active: [rows, A, d_model] hidden states from each row's start on; later than a row's end: never read
     start: [rows] position of the first active token (the subject's last)
     calls: block -> what it is called with, gathered for these rows
+    entry: where the variables are inside the layer's block; None: they are added to its output
     """
 
     model: Model
@@ -102,6 +104,7 @@ class Suffix:
     start: Tensor
     calls: Calls
     cache: PrefixCache
+    entry: Entry | None = None
 
     @classmethod
     def of(
@@ -109,7 +112,7 @@ class Suffix:
     ) -> "Suffix":
         """hidden: [rows, T, d_model], what the layer gives; width: active tokens, A.
 
-        calls: recorded for a row of `recorded` tokens, at least T; None: T
+        calls: of the blocks above, recorded for a row of `recorded` tokens, at least T; None: T
         """
         length = hidden.shape[1]
         recorded = recorded or length
@@ -129,6 +132,14 @@ class Suffix:
         at = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(length - 1)
         return cls(model, hidden[rows[:, None], at], start, gathered, cache)
 
+    def inside(self, gate: Gate, seen: Seen, layer: int, call: Call, recorded: int) -> "Suffix":
+        """The same, with variables inside the layer's block; call: of that block, recorded for so many tokens."""
+        rows = torch.arange(len(self.start), device=self.start.device)
+        length = seen.read.shape[1]
+        ((_, gathered),) = _gather({layer: call}, self.start, 1, 0, (length, recorded), PrefixCache({})).items()
+        read, attended = (hidden[rows, self.start] for hidden in (seen.read, seen.given[ATTENTION]))
+        return replace(self, entry=Entry(self.model, layer, gate, read, attended, gathered))
+
     def only(self, kept: Tensor) -> "Suffix":
         """Some of the rows; kept: [rows] bool."""
         cache = self.cache.only(kept)
@@ -140,13 +151,17 @@ class Suffix:
             return value[kept.to(value.device)] if isinstance(value, Tensor) and value.ndim > 1 else value
 
         calls: Calls = _map(self.calls, take, {})
-        return replace(self, active=self.active[kept], start=self.start[kept], calls=calls, cache=cache)
+        entry = self.entry and self.entry.only(kept, _map(self.entry.call, take, {}))
+        return replace(self, active=self.active[kept], start=self.start[kept], calls=calls, cache=cache, entry=entry)
 
     def __call__(self, delta: Tensor, fact: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
         """[m, d_model] behind the final norm at m places (row, position in the row), with a delta at each row's start.
 
-        delta: [n, d_model] float32, differentiable; fact: [rows] int64, which of them a row gets
+        delta: [n, variables * d_model] float32, differentiable; fact: [rows] int64, which of them a row gets
         """
+        if self.entry is not None:  # what it makes of the block's output, a delta for each row
+            delta = self.entry(delta, fact).float() - self.active[:, 0].float()
+            fact = torch.arange(len(fact), device=fact.device)
         hidden = scatter_add(self.active, torch.zeros_like(fact), fact, delta)
         for layer, (args, kwargs) in self.calls.items():
             hidden = hidden_of(self.model.block(layer)(hidden, *args, **kwargs))

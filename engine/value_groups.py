@@ -15,8 +15,10 @@ from torch import Tensor
 from ..kernels.errors import InputError
 from ..stats.memory import free_bytes
 from .anatomy import Anatomy
+from .entry import Gate, see
 from .model import Model
-from .passes import MEMORY_SHARE, blocks_until
+from .objective import ATTENTION, MEMIT, MLP, Objective
+from .passes import MEMORY_SHARE
 from .prompts import Row, pad
 from .suffix import Calls, Suffix
 
@@ -126,22 +128,28 @@ def lay_out(
     calls: Calls,
     recorded: int,
     tokens: int,
+    objective: Objective = MEMIT,
+    gate: Gate | None = None,
 ) -> tuple[list[Group], Tensor]:
-    """Groups of the rows of all facts, and h0: [facts, d_model] float32, the z-layer's output on each plain row.
+    """Groups of the rows of all facts, and h0: [facts, variables * d_model] float32, what is there on each plain row.
 
     rewriting: of each fact, the plain row first; kl: one a fact; tokens: padded active tokens of a group
-    calls: recorded for a row of `recorded` tokens, at least the longest
+    calls: of the blocks above the layer (and of its own, where there is a gate), recorded for a row of `recorded`
+        tokens, at least the longest; gate: of the objective's site, open
     """
     rows = [row for group in rewriting for row in group] + list(kl)
     owner = [fact for fact, group in enumerate(rewriting) for _ in group] + list(range(len(kl)))
     plain = {id(group[0]): fact for fact, group in enumerate(rewriting)}
     extra = GPU_GROUP_COST if model.device.type == "cuda" else CPU_GROUP_COST
     shapes = [(row.position, len(row.ids) - row.position) for row in rows]
+    above: Calls = {block: call for block, call in calls.items() if block > layer}
+    asked = (MLP, ATTENTION) if gate else objective.site
     groups = []
     h0: Tensor | None = None
     for chosen in partition(shapes, tokens, layer + 1, model.anatomy.n_layers - layer - 1, extra):
         ids = pad([rows[i] for i in chosen], model.device)
-        hidden = blocks_until(model, ids, layer)
+        seen = see(model, ids, layer, asked)
+        hidden = seen.output
         labels = [rows[i].labels for i in chosen]
 
         def put(numbers: Sequence[float], kind: torch.dtype = torch.long) -> Tensor:
@@ -149,15 +157,19 @@ def lay_out(
 
         start = put([rows[i].position for i in chosen])
         ends = [len(rows[i].ids) for i in chosen]
-        share = [len(rewriting[owner[i]]) * len(rows[i].labels) for i in chosen]
+        counted = [rewriting[owner[i]][0] if objective.compat else rows[i] for i in chosen]
+        share = [len(rewriting[owner[i]]) * len(row.labels) for i, row in zip(chosen, counted, strict=True)]
+        there = [seen.given.get(part, hidden) for part in objective.site]
         if h0 is None:
-            h0 = hidden.new_zeros(len(rewriting), hidden.shape[2], dtype=torch.float32)
+            h0 = hidden.new_zeros(len(rewriting), len(there) * hidden.shape[2], dtype=torch.float32)
         lines = [line for line, i in enumerate(chosen) if id(rows[i]) in plain]
         if lines:
-            h0[put([owner[chosen[line]] for line in lines])] = hidden[put(lines), start[put(lines)]].float()
+            at_subject = [of.to(hidden.device)[put(lines), start[put(lines)]].float() for of in there]
+            h0[put([owner[chosen[line]] for line in lines])] = torch.cat(at_subject, 1)
+        suffix = Suffix.of(model, above, hidden, start, max(shapes[i][1] for i in chosen), recorded)
         groups.append(
             Group(
-                suffix=Suffix.of(model, calls, hidden, start, max(shapes[i][1] for i in chosen), recorded),
+                suffix=suffix if gate is None else suffix.inside(gate, seen, layer, calls[layer], recorded),
                 fact=put([owner[i] for i in chosen]),
                 label_row=put([line for line, row in enumerate(labels) for _ in row]),
                 label_at=put([at for end, row in zip(ends, labels, strict=True) for at in range(end - len(row), end)]),

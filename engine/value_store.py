@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..stats.tokens import tokenizer_digest
 from .facts import Fact
 from .hparams import Hparams
 from .model import Model
+from .objective import MEMIT, Objective
 from .statistics import encode
 from .value_steps import Table, pick, stack
 
@@ -33,7 +35,7 @@ log = logging.getLogger("rewire")
 
 # of the files, and of how values are found (`value_steps`, `value_groups`, prompts): who changes what a value comes out
 # as counts on, and so leaves the older ones alone
-FORMAT = 1
+FORMAT = 2
 ENTERS = ("fact_token", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 DONE, STATE = "done", "state"
 _ROUND, _WHOLE = "round", "values"  # how names of files begin
@@ -42,13 +44,26 @@ _NOTHING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # 
 _BROKEN = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
 
 
-def fact_key(fact: Fact) -> str:
-    """24 hex digits over what is asked for; two facts that ask for the same have one value."""
-    content = json.dumps([fact.prompt, fact.subject, fact.target_new], ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:24]
+def fact_key(fact: Fact, neighbors: bool = False) -> str:
+    """24 hex digits over what is asked for; two facts that ask for the same have one value.
+
+    neighbors: what the fact's edit-time neighbours ask for counts too
+    """
+    asked = [fact.prompt, fact.subject, fact.target_new]
+    asked += [text for n in fact.edit_neighbors for text in (n.prompt, n.subject, n.target)] if neighbors else []
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:24]
 
 
-def value_folder(model: Model, contexts: Sequence[str], hparams: Hparams) -> str:
+def chained_keys(facts: Sequence[Fact], before: str, neighbors: bool = False) -> list[str]:
+    """Keys of values that each see the edits of the facts before; before: says what else changed the weights."""
+    keys = []
+    for fact in facts:
+        before = hashlib.sha256(f"{before} {fact_key(fact, neighbors)}".encode()).hexdigest()[:24]
+        keys.append(before)
+    return keys
+
+
+def value_folder(model: Model, contexts: Sequence[str], hparams: Hparams, objective: Objective = MEMIT) -> str:
     """Name of the folder of values of this model as it is now: 24 hex digits over everything but the fact."""
     config: Any = model.hf.config
     content = {
@@ -58,6 +73,7 @@ def value_folder(model: Model, contexts: Sequence[str], hparams: Hparams) -> str
         "transformers": transformers.__version__,
         "contexts": list(contexts),
         "hparams": {name: getattr(hparams, name) for name in ENTERS},
+        "objective": asdict(objective),
         "z_layer": hparams.layers[-1],
         "dtype": str(next(model.hf.parameters()).dtype),
         "tokenizer": tokenizer_digest(lambda texts: encode(model, texts)),
@@ -96,7 +112,7 @@ def _column_bits(numbers: Tensor) -> Tensor:
 class ValueStore:
     """The files of one folder.
 
-    width: d_model; forwards: of a fact at most: files that say otherwise are broken
+    width: of a value, variables * d_model; forwards: of a fact at most: files that say otherwise are broken
     A file that is broken is named in a warning and left alone; where the folder cannot be written to, that is said once
     and nothing more is written.
     """
@@ -203,14 +219,14 @@ class ValueStore:
 
     def _check(self, part: str, table: Table, rows: int) -> None:
         """Raises `ValueError` or `KeyError` where a part is not what this version writes."""
-        wide = {DONE: ("Z", "h0"), STATE: ("delta", "m", "v", "h0", "first")}[part]
-        numbers = {DONE: ("first_nll", "last_nll", "loss", "steps"), STATE: ("first_nll", "step")}[part]
+        wide = {DONE: ("Z", "h0"), STATE: ("delta", "m", "v", "h0")}[part]
+        numbers = {DONE: ("first_nll", "last_nll", "loss", "steps"), STATE: ("first_nll", "step", "certain")}[part]
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(wide, (rows, self.width))
         shapes |= dict.fromkeys(numbers, (rows,)) | {"losses": (rows, self.forwards)}
         for name, shape in shapes.items():
             if tuple(table[name].shape) != shape:
                 raise ValueError(f"{part}/{name} is {tuple(table[name].shape)}, expected {shape}")
-        for name in wide:
+        for name in (*wide, *(("first",) if part == STATE else ())):
             _finite(part, name, table[name])
 
 

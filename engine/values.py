@@ -23,11 +23,13 @@ from torch import Tensor
 
 from ..kernels.errors import InputError
 from ..stats.ranks import ALONE, Ranks
+from .entry import Gate, gate, runs_inside
 from .facts import Fact
 from .hparams import Hparams
 from .model import Model
-from .passes import Map, fused, in_threads, out_of_memory
-from .prompts import PLAIN, fact_rows, kl_rows
+from .objective import MEMIT, Objective
+from .passes import Map, fused, in_threads, out_of_memory, score
+from .prompts import PLAIN, Row, fact_rows, kl_rows, neighbor_rows
 from .suffix import Calls, record_calls
 from .value_groups import lay_out, size_for
 from .value_steps import STOP_LOSS as STOP_LOSS
@@ -47,8 +49,8 @@ Progress = Callable[[int, int], None]
 class Values:
     """Z and how each fact's optimisation went; all on the model's device.
 
-    Z: [n, d_model] float32, h0 + delta
-    h0: [n, d_model] float32, the z-layer's output at the subject on the plain prompt
+    Z: [n, variables * d_model] float32, h0 + delta
+    h0: as Z, what is there at the subject on the plain prompt (of MEMIT the z-layer's output)
     first_nll, last_nll: [n] mean negative log-likelihood of the target before, and with delta, in nats
     loss: [n] the last loss
     steps: [n] int64, Adam updates made
@@ -66,6 +68,12 @@ class Values:
     losses: Tensor
     cached: Tensor
     capacity: int
+
+
+def merged(found: Sequence[Values]) -> Values:
+    """All of them, one below the other."""
+    columns = {f.name: torch.cat([getattr(values, f.name) for values in found]) for f in fields(Values)[:-1]}
+    return Values(**columns, capacity=max(values.capacity for values in found))
 
 
 def fact_columns(values: Values) -> dict[str, list[Any]]:
@@ -111,10 +119,12 @@ def optimise_values(
     *,
     cache: Path | None = None,
     ranks: Ranks = ALONE,
+    objective: Objective = MEMIT,
 ) -> Values:
     """Target values of all facts; facts that ask for the same are optimised once.
 
     contexts: generated context templates; the plain one is added in front
+    objective: where the variables are, and what the loss counts
     batch_size: facts in flight at once; None: as many as the free memory holds, and are of use
     progress: called with (facts done, cached ones among them, facts in all); those under way count by their steps
     cache: a folder of these weights, contexts and hyper-parameters (named by `value_store.value_folder`): what is
@@ -123,16 +133,51 @@ def optimise_values(
     Raises `InputError` when a loss is no number (the model, or the learning rate, is broken), and where the memory does
     not hold one fact.
     """
-    keys = [fact_key(fact) for fact in facts]
+    keys = [fact_key(fact, objective.neighbors) for fact in facts]
     unique: dict[str, Fact] = {}
     for key, fact in zip(keys, facts, strict=True):
         unique.setdefault(key, fact)
-    run = _Run(model, list(unique.values()), list(unique), contexts, hparams, batch_size, progress, cache, ranks)
+    asked = (list(unique.values()), list(unique), contexts, hparams, objective)
+    run = _Run(model, *asked, batch_size, progress, cache, ranks)
     found = run.whole()
     place = {key: number for number, key in enumerate(unique)}
     table = pick(found, [place[key] for key in keys])
     columns = {field.name: table[field.name].to(model.device) for field in fields(Values) if field.name in table}
     return Values(**columns, capacity=run.capacity)
+
+
+def rewriting_rows(
+    model: Model, facts: Sequence[Fact], contexts: Sequence[str], objective: Objective
+) -> list[list[Row]]:
+    """Of each fact the rows whose likelihood counts: the plain one first, its contexts', its neighbours'."""
+    rows = fact_rows(model.tokenizer, facts, (PLAIN, *contexts), model.max_length)
+    if objective.neighbors:  # published: under the first generated template alone
+        others = neighbor_rows(model.tokenizer, facts, (*contexts, PLAIN)[0], model.max_length)
+        rows = [own + held for own, held in zip(rows, others, strict=True)]
+    return rows
+
+
+def perplexities(model: Model, facts: Sequence[Fact], contexts: Sequence[str], objective: Objective) -> list[float]:
+    """Of each fact exp(nll) over its rewriting rows with the weights as they are, nll as in the values' loss."""
+    rows = rewriting_rows(model, facts, contexts, objective)
+    logprob, _ = score(model, [row for of in rows for row in of])
+    found, at = [], 0
+    for of in rows:
+        labels = torch.tensor([len(row.labels) for row in of], dtype=torch.float64)
+        share = labels / labels[0] if objective.compat else torch.ones_like(labels)
+        found.append(float((-logprob[at : at + len(of)] * share).mean().exp()))
+        at += len(of)
+    return found
+
+
+def calls_for(model: Model, layer: int, length: int, objective: Objective) -> Calls:
+    """What the blocks above the layer are called with, and its own where variables are inside it."""
+    inside = runs_inside(model.anatomy, objective.site)
+    return record_calls(model, layer - 1 if inside else layer, length)
+
+
+def beginning(model: Model, h0: Tensor, hparams: Hparams) -> Table:
+    return fresh(h0, model.head_parts()[0].dtype, hparams.v_num_grad_steps, model.anatomy.d_model)
 
 
 class _Run:
@@ -149,25 +194,28 @@ class _Run:
         keys: Sequence[str],
         contexts: Sequence[str],
         hparams: Hparams,
+        objective: Objective,
         batch_size: int | None,
         progress: Progress,
         cache: Path | None,
         ranks: Ranks,
     ) -> None:
-        self.model, self.facts, self.keys, self.hparams = model, facts, keys, hparams
+        self.model, self.facts, self.keys, self.hparams, self.objective = model, facts, keys, hparams, objective
         self.progress, self.ranks = progress, ranks
         self.z_layer = hparams.layers[-1]
-        self.rewriting = fact_rows(model.tokenizer, facts, (PLAIN, *contexts), model.max_length)
+        self.rewriting = rewriting_rows(model, facts, contexts, objective)
         self.kl = kl_rows(model.tokenizer, facts)
         self.longest = max(len(row.ids) for rows in (*self.rewriting, self.kl) for row in rows)
         self.order = sorted(range(len(facts)), key=self._shape)
         self.place = {fact: at for at, fact in enumerate(self.order)}
         self.mine = self.order[ranks.rank :: ranks.world]
-        self.size = size_for(model, self.z_layer, len(contexts) + 2, self.longest, batch_size)
+        rows = max(map(len, self.rewriting)) + 1
+        self.size = size_for(model, self.z_layer, rows, self.longest, batch_size)
         self.in_parallel: Map = map
         self.capacity, self.said, self.said_of_memory = 0, -1, False
         self.total = len(facts)
-        self.store = cache and ValueStore(cache, model.anatomy.d_model, hparams.v_num_grad_steps)
+        width = len(objective.site) * model.anatomy.d_model
+        self.store = cache and ValueStore(cache, width, hparams.v_num_grad_steps)
         self.done: dict[int, Table] = {}
         self.flying: dict[int, Table] = {}
         self.saved: set[int] = set()  # facts that this run has put on disk
@@ -209,7 +257,7 @@ class _Run:
             return
         try:
             with fused(self.model), in_threads(self.model.device) as self.in_parallel:
-                calls = record_calls(self.model, self.z_layer, self.longest)
+                calls = calls_for(self.model, self.z_layer, self.longest, self.objective)
                 while waiting or self.flying:
                     carried = sorted(self.flying, key=self.place.__getitem__)[: self.size.facts]
                     room = self.size.facts - len(carried)
@@ -245,8 +293,21 @@ class _Run:
 
     def _round(self, chosen: list[int], leave: int, calls: Calls) -> tuple[Tensor, Table, Table]:
         rewriting, kl = [self.rewriting[fact] for fact in chosen], [self.kl[fact] for fact in chosen]
-        groups, h0 = lay_out(self.model, self.z_layer, rewriting, kl, calls, self.longest, self.size.tokens)
-        state = fresh(h0, self.model.head_parts()[0].dtype, self.hparams.v_num_grad_steps)
+        with gate(self.model, self.z_layer, self.objective.site) as opened:
+            return self._through(opened, chosen, leave, rewriting, kl, calls)
+
+    def _through(
+        self,
+        opened: Gate | None,
+        chosen: list[int],
+        leave: int,
+        rewriting: list[list[Row]],
+        kl: list[Row],
+        calls: Calls,
+    ) -> tuple[Tensor, Table, Table]:
+        sizes = (self.longest, self.size.tokens)
+        groups, h0 = lay_out(self.model, self.z_layer, rewriting, kl, calls, *sizes, self.objective, opened)
+        state = beginning(self.model, h0, self.hparams)
         rows = [row for row, fact in enumerate(chosen) if fact in self.flying]
         if rows:
             carried = stack([self.flying[chosen[row]] for row in rows])
@@ -254,7 +315,7 @@ class _Run:
                 column[rows] = carried[name].to(column.device)
         others, saved = len(self.done), time.monotonic()
         self.latest = None
-        for found in run_steps(self.model, groups, state, self.hparams, self.in_parallel):
+        for found in run_steps(self.model, groups, state, self.hparams, self.in_parallel, self.objective):
             self.latest = chosen, *found
             done, _, now = found
             shares = torch.where(done, 1.0, now["step"] / self.hparams.v_num_grad_steps)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..kernels.errors import InputError
 from .model import Model
-from .passes import Stop, blocks_until, forward, frozen, hidden_of, hooks, run_until
-from .suffix import Call, unknown_family
+from .objective import ATTENTION
+from .passes import Call, Stop, blocks_until, forward, frozen, hidden_of, hooks, run_until
+from .suffix import unknown_family
 
 TRIAL = (2, 8)  # rows and tokens that `verify_walk` runs
 
@@ -32,17 +33,26 @@ class Parted:
 
     base: [..., d_model], the block's output without the projection's share
     read: [..., d_in], what the projection reads
+    attended: [..., d_in of attention's projection], what that reads, where it was asked for
     """
 
     layer: int
     base: Tensor
     read: Tensor
+    attended: Tensor | None = None
 
     def at(self, position: Tensor) -> "Parted":
         """One token of each row; position: [rows] int64, on any device. base and read become [rows, d]."""
         position = position.to(self.base.device)
         rows = torch.arange(len(position), device=position.device)
-        return Parted(self.layer, self.base[rows, position], self.read[rows, position])
+        attended = self.attended
+        there = None if attended is None else attended[rows.to(attended.device), position.to(attended.device)]
+        return Parted(self.layer, self.base[rows, position], self.read[rows, position], there)
+
+    def attention(self, model: Model) -> Tensor:
+        """[..., d_model], what attention's projection gives, with its weight as it is."""
+        found: Tensor = model.projection(self.layer, ATTENTION)(self.attended)
+        return found
 
     def given(self, model: Model) -> Tensor:
         """[..., d_model], what the projection gives, with the weight as it is."""
@@ -109,9 +119,13 @@ def run_blocks(model: Model, hidden: Tensor, calls: Sequence[Call], first: int, 
     return hidden
 
 
-def part(model: Model, hidden: Tensor, calls: Sequence[Call], layer: int) -> Parted:
-    """Block `layer` reads `hidden` [rows, T, d_model]: all of it is run but the projection."""
+def part(model: Model, hidden: Tensor, calls: Sequence[Call], layer: int, attention: bool = False) -> Parted:
+    """Block `layer` reads `hidden` [rows, T, d_model]: all of it is run but the projection.
+
+    attention: also what attention's projection reads is kept
+    """
     read: list[Tensor] = []
+    attended: list[Tensor] = []
 
     def skip(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         read.append(args[0])
@@ -122,9 +136,13 @@ def part(model: Model, hidden: Tensor, calls: Sequence[Call], layer: int) -> Par
 
     projection = model.projection(layer)
     giver = model.post_norm(layer) or projection
-    with hooks(projection.register_forward_pre_hook(skip), giver.register_forward_hook(nothing)):
+    more = []
+    if attention:
+        keep = lambda module, args: attended.append(args[0])  # noqa: E731
+        more = [model.projection(layer, ATTENTION).register_forward_pre_hook(keep)]
+    with hooks(projection.register_forward_pre_hook(skip), giver.register_forward_hook(nothing), *more):
         base = run_blocks(model, hidden, calls, layer, layer + 1)
-    return Parted(layer, base, read[0])
+    return Parted(layer, base, read[0], *attended)
 
 
 @torch.no_grad()

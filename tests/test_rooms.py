@@ -22,8 +22,10 @@ ROOMS = {  # room -> rooms that it may import
 }
 # inside engine each may import what stands left of it
 ENGINE = (
-    *("phases", "facts", "anatomy", "model", "outline", "hparams", "prompts", "passes", "streams", "statistics", "fit"),
-    *("suffix", "walk", "datasets", "keys", "value_groups", "value_steps", "value_store", "values", "delta", "beside"),
+    *("phases", "objective", "facts", "anatomy", "model", "outline", "prompts", "presets", "hparams"),
+    *("passes", "streams", "statistics", "fit"),
+    *("entry", "suffix", "walk", "datasets", "neighbors", "keys"),
+    *("value_groups", "value_steps", "value_store", "values", "value_turns", "delta", "beside"),
     *("solve", "plan", "evaluation", "editors"),
     *("session", "experiment", "compat"),
 )

@@ -15,7 +15,7 @@ from ..delta import Factors
 from ..hparams import Hparams
 from ..solve import alphaedit_update
 from . import spreading
-from .registry import Job, Method, Outcome
+from .registry import Job, Method, Outcome, forget_keys
 
 
 class AlphaEditHparams(Hparams):
@@ -28,26 +28,22 @@ class AlphaEditHparams(Hparams):
 def check(job: Job) -> None:
     """Also that the threshold lies within the spectrum of each C."""
     spreading.check(job)
-    for layer in job.hparams.layers:
-        job.space(layer, job.hparams.nullspace_threshold)
+    for name in spreading.names_of(job, job.objective.site):
+        job.space(name, job.hparams.nullspace_threshold)
 
 
 def edit(job: Job) -> Outcome:
-    earlier: dict[int, KeySystem] = job.state or {}
-    grown: dict[int, KeySystem] = {}
+    earlier: dict[str, KeySystem] = job.state or {}
+    grown: dict[str, KeySystem] = {}
 
-    def solve(layer: int, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
-        space = job.space(layer, job.hparams.nullspace_threshold)
-        before = earlier.get(layer) or KeySystem.empty(K.shape[1], job.hparams.L2, K.device)
-        factors, grown[layer], info = alphaedit_update(K, R, space, before)
+    def solve(name: str, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
+        space = job.space(name, job.hparams.nullspace_threshold)
+        before = earlier.get(name) or KeySystem.empty(K.shape[1], job.hparams.L2, K.device)
+        factors, grown[name], info = alphaedit_update(K, R, space, before)
         return factors, info
 
     outcome = spreading.edit(job, solve)
     return replace(outcome, state=grown)
 
 
-def forget(state: dict[int, KeySystem], facts: int) -> dict[int, KeySystem]:
-    return {layer: system.without_last(facts) for layer, system in state.items()}
-
-
-METHOD = Method("alphaedit", AlphaEditHparams, check, edit, forget)
+METHOD = Method("alphaedit", AlphaEditHparams, check, edit, forget=forget_keys)

@@ -14,9 +14,9 @@ from .registry import Job, Method, Outcome
 
 
 def edit(job: Job) -> Outcome:
-    def solve(layer: int, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
-        C = job.moments([layer])[layer]
-        return memit_update(K, R, C, job.hparams.mom2_update_weight, lambda: job.factor(layer))
+    def solve(name: str, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
+        C = job.moments([name])[name]
+        return memit_update(K, R, C, job.hparams.mom2_update_weight, lambda: job.factor(name))
 
     return spreading.edit(job, solve)
 

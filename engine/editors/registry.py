@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ...kernels.errors import InputError
-from ...kernels.spd_solve import Factor, NullSpace
+from ...kernels.spd_solve import Factor, KeySystem, NullSpace
 from ...stats.ranks import ALONE, Ranks
 from ..delta import Factors
 from ..facts import Fact
 from ..hparams import Hparams
 from ..model import Model
+from ..objective import BLOCK, Objective
 from ..phases import Phases
 
 
@@ -24,10 +25,13 @@ class Job:
     """One batch of facts to edit.
 
     contexts: generated context templates
-    moments: layers -> C of each ([d_in, d_in] float32, mean of k kᵀ on the unedited model); collected when first asked
-    factor: layer -> the `regular_factor` of its C, on the layer's device; made once, then from memory or disk
-    space: (layer, threshold) -> the null space of its C, likewise
-    put: writes one weight's update provisionally and returns the share lost to rounding; kept only if the edit is whole
+    objective: what values are optimised for
+    moments: names of projections -> C of each ([d_in, d_in] float32, mean of k kᵀ on the unedited model); collected
+        when first asked
+    factor: name -> the `regular_factor` of its C, on the layer's device; made once, then from memory or disk
+    space: (name, threshold) -> the null space of its C, likewise
+    put: writes a part of one weight's update provisionally and returns the share lost to rounding; kept only if the
+        edit is whole
     state: what the method's last edit of this session left (`Outcome.state`), None before the first
     batch_size: facts whose values are optimised at once, None: from the free memory
     cache: the folder that their values are kept in, None: nowhere
@@ -38,9 +42,10 @@ class Job:
     facts: Sequence[Fact]
     contexts: Sequence[str]
     hparams: Any
-    moments: Callable[[Sequence[int]], dict[int, Tensor]]
-    factor: Callable[[int], Factor]
-    space: Callable[[int, float], NullSpace]
+    objective: Objective
+    moments: Callable[[Sequence[str]], dict[str, Tensor]]
+    factor: Callable[[str], Factor]
+    space: Callable[[str, float], NullSpace]
     put: Callable[[str, Factors], float]
     phases: Phases
     state: Any = None
@@ -64,16 +69,26 @@ class Outcome:
 @dataclass(frozen=True)
 class Method:
     """check: raises `InputError` for what cannot be edited, before the long work; edit: does it, through `job.put`;
-    forget: (state, n) -> the state without its last n facts, for an undone edit."""
+    site: where its values' variables are; forget: (state, n) -> the state without its last n keys, for an undone edit.
+    """
 
     name: str
     hparams: type[Hparams]
     check: Callable[[Job], None]
     edit: Callable[[Job], Outcome]
-    forget: Callable[[Any, int], Any] = lambda state, facts: None
+    site: tuple[str, ...] = (BLOCK,)
+    forget: Callable[[Any, int], Any] = lambda state, keys: None
 
 
-_METHODS = {"memit": "memit", "alphaedit": "alphaedit"}  # name -> module beside this one, which has `METHOD`
+def forget_keys(state: dict[str, KeySystem], keys: int) -> dict[str, KeySystem]:
+    """For methods whose state is the keys of all edits, weight by weight."""
+    return {name: system.without_last(keys) for name, system in state.items()}
+
+
+# name -> module beside this one, which has `METHOD`
+_METHODS = {
+    name: name.replace("-", "_") for name in ("rome", "r-rome", "memit", "memit-history", "pmet", "emmet", "alphaedit")
+}
 
 
 def find_method(name: str) -> Method:

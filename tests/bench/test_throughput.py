@@ -16,8 +16,9 @@ from rewire.bench.ceilings import Ceilings
 from rewire.bench.costs import Costs
 from rewire.bench.stats import cast
 from rewire.engine import value_steps
-from rewire.engine.hparams import Hparams, preset_files, read_yaml
+from rewire.engine.hparams import Hparams
 from rewire.engine.outline import model_shape
+from rewire.engine.presets import shipped_presets
 from rewire.engine.values import optimise_values
 from rewire.kernels.floors import requantize_add_cost
 
@@ -256,7 +257,9 @@ def test_shapes_have_the_published_numbers_of_weights(name: str, billions: float
     assert hparams.v_num_grad_steps == 7
     preset = shapes.SHAPES[name].preset
     if preset is not None:
-        assert list(hparams.layers) == read_yaml(preset_files("memit")[preset])["layers"]
+        (published, *_) = shipped_presets("memit", preset)
+        assert published.default
+        assert list(hparams.layers) == published.values["layers"]
     assert hparams.layers[-1] < model_shape(model).layers - 1
 
 

@@ -194,6 +194,6 @@ def test_a_bug_is_shown_as_one(run: Command, monkeypatch: pytest.MonkeyPatch) ->
     def broken(*args: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("rewire.engine.hparams.preset_files", broken)
+    monkeypatch.setattr("rewire.engine.presets.preset_files", broken)
     with pytest.raises(RuntimeError, match="a bug"):  # Python prints the traceback and leaves with status 1
         run("presets")

@@ -33,6 +33,7 @@ from rewire.engine.delta import EditedWeights
 from rewire.engine.editors.registry import Job
 from rewire.engine.editors.spreading import spread
 from rewire.engine.hparams import Hparams
+from rewire.engine.objective import MEMIT
 from rewire.engine.passes import blocks_until
 from rewire.engine.phases import Phases
 from rewire.engine.prompts import Row, pad, subject_rows
@@ -244,11 +245,10 @@ def test_small_residuals_are_achieved_behind_a_norm(family):
     rows = subject_rows(tokenizer(), FACTS, ["{}"], 96)
     H = serial_hidden(model, FACTS, 2)
     Z = H + 0.02 * H.norm(dim=1, keepdim=True) / WIDTH**0.5 * torch.randn(3, WIDTH, generator=torch.manual_seed(0))
-    moments = {layer: torch.eye(INNER) for layer in hparams.layers}
     with EditedWeights(model).provisional() as put:
-        job = Job(model, FACTS, (), hparams, lambda layers: moments, lambda *_: None, lambda *_: None, put, Phases())
+        job = Job(model, FACTS, (), hparams, MEMIT, lambda names: {}, lambda *_: None, lambda *_: None, put, Phases())
         _, _, asked, left = spread(
-            job, rows, Z, lambda layer, K, R: memit_update(K, R, moments[layer], hparams.mom2_update_weight)
+            job, rows, Z, lambda name, K, R: memit_update(K, R, torch.eye(INNER), hparams.mom2_update_weight)
         )
     assert torch.allclose(asked, (Z - H).norm(dim=1), rtol=1e-3)
     after = serial_hidden(model, FACTS, 2)

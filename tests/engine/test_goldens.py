@@ -12,6 +12,7 @@ from rewire.engine.editors.registry import Job, find_method
 from rewire.engine.editors.spreading import spread
 from rewire.engine.hparams import load_hparams
 from rewire.engine.keys import KeyWalk
+from rewire.engine.objective import MEMIT
 from rewire.engine.phases import Phases
 from rewire.engine.prompts import PLAIN, subject_rows
 from rewire.engine.session import EditSession
@@ -69,6 +70,7 @@ def test_update_from_the_golden_values(known: rewire.Model, golden: dict[str, An
         golden["facts"],
         contexts(golden),
         hparams(known),
+        MEMIT,
         lambda _: {},
         lambda *_: None,
         lambda *_: None,
@@ -79,10 +81,10 @@ def test_update_from_the_golden_values(known: rewire.Model, golden: dict[str, An
     for layer in job.hparams.layers:
         name = known.anatomy.layer_name(layer)
         with np.load(golden["stats"] / f"{name}_float32_mom2_300.npz") as stored:
-            moments[layer] = torch.from_numpy(stored["mom2.mom2"]) / int(stored["mom2.count"])
+            moments[name] = torch.from_numpy(stored["mom2.mom2"]) / int(stored["mom2.count"])
     weight = job.hparams.mom2_update_weight
     update = spread(
-        job, rows, golden["tensors"]["memit.z"], lambda layer, K, R: memit_update(K, R, moments[layer], weight)
+        job, rows, golden["tensors"]["memit.z"], lambda name, K, R: memit_update(K, R, moments[name], weight)
     )[0]
     first = known.anatomy.weight_name(job.hparams.layers[0])
     assert relative(update[first].dense(), _golden_update(golden, first)) < 1e-4
@@ -138,7 +140,7 @@ def test_alphaedit_in_two_batches(known: rewire.Model, golden: dict[str, Any]) -
             wanted = golden["tensors"][f"alphaedit.batch{batch}.delta.{name}"]
             assert relative(factors.dense(), wanted) < 2e-2, (batch, name)
     for layer in session.hparams.layers:
-        space = session._space(layer, asked["nullspace_threshold"])
+        space = session._space(known.anatomy.layer_name(layer), asked["nullspace_threshold"])
         assert relative(space.dense().float(), golden["tensors"][f"alphaedit.P.{layer}"]) < 1e-3
     first = session.edits[0].id
     session.undo(session.edits[1].id)

@@ -18,6 +18,7 @@ from rewire.engine.editors import spreading
 from rewire.engine.editors.registry import Job
 from rewire.engine.editors.spreading import norm_of, spread
 from rewire.engine.hparams import Hparams
+from rewire.engine.objective import MEMIT
 from rewire.engine.phases import Phases, silent
 from rewire.engine.prompts import subject_rows
 from rewire.engine.solve import memit_update, through_norm
@@ -47,12 +48,30 @@ def run(
     rows = subject_rows(model.tokenizer, FACTS, ("{}", *CONTEXTS), 96)
     weights = EditedWeights(model)
     with weights.provisional() as put:
-        job = Job(model, FACTS, CONTEXTS, HPARAMS, lambda _: C, lambda *_: None, lambda *_: None, put, Phases(listener))
-        update, reports, asked, left = spread(job, rows, Z, lambda layer, K, R: memit_update(K, R, C[layer], 2.0))
+        job = Job(
+            model,
+            FACTS,
+            CONTEXTS,
+            HPARAMS,
+            MEMIT,
+            lambda _: {},
+            lambda *_: None,
+            lambda *_: None,
+            put,
+            Phases(listener),
+        )
+        update, reports, asked, left = spread(
+            job, rows, Z, lambda name, K, R: memit_update(K, R, C[layer_of(name)], 2.0)
+        )
         after = serial_hidden(model, FACTS, LAYERS[-1])
         assert torch.allclose(left, (Z - after).norm(dim=1), rtol=1e-4)
     weights.undo_last()
     return {name: factors.dense() for name, factors in update.items()}, reports, asked, left
+
+
+def layer_of(name: str) -> int:
+    """The number in the path of a projection."""
+    return next(int(part) for part in name.split(".") if part.isdecimal())
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
@@ -101,8 +120,9 @@ def test_on_several_devices(family: str, away: set[int]) -> None:
     rows = subject_rows(model.tokenizer, FACTS, ("{}", *CONTEXTS), 96)
     where = {}
 
-    def solve(layer: int, K: Tensor, R: Tensor) -> Any:
+    def solve(name: str, K: Tensor, R: Tensor) -> Any:
         assert K.device == R.device
+        layer = layer_of(name)
         where[layer] = K.device
         return memit_update(K.cpu(), R.cpu(), C[layer], 2.0)  # LAPACK knows no second device
 
@@ -111,7 +131,7 @@ def test_on_several_devices(family: str, away: set[int]) -> None:
         verify(model, LAYERS[-1])
         verify_walk(model, LAYERS)
         with EditedWeights(model).provisional() as put:
-            job = Job(model, FACTS, CONTEXTS, HPARAMS, Any, Any, Any, put, Phases(silent))
+            job = Job(model, FACTS, CONTEXTS, HPARAMS, MEMIT, Any, Any, Any, put, Phases(silent))
             update, _, found_asked, found_left = spread(job, rows, Z, solve)
         assert relative(found_asked.cpu(), asked) < 1e-5
         assert relative(found_left.cpu(), left) < 1e-4
@@ -130,7 +150,7 @@ def test_rows_of_keys_are_not_held_while_values_are_optimised(monkeypatch: pytes
 
     monkeypatch.setattr(spreading, "optimise_values", lambda *_, **__: SimpleNamespace())
     monkeypatch.setattr(spreading, "subject_rows", rows)
-    job = Job(make("gpt2"), FACTS, CONTEXTS, HPARAMS, lambda _: {}, Any, Any, Any, phases)
+    job = Job(make("gpt2"), FACTS, CONTEXTS, HPARAMS, MEMIT, lambda _: {}, Any, Any, Any, phases)
     with pytest.raises(LookupError):
         spreading.edit(job, Any)
     assert set(phases.seconds) == {"values", "keys"}

@@ -184,7 +184,8 @@ def states(*steps: int) -> dict[str, torch.Tensor]:
     """Facts at some steps, each with that number everywhere."""
     rows = torch.tensor(steps, dtype=torch.float32)
     wide = {name: rows[:, None].repeat(1, 6) for name in ("delta", "m", "v", "h0", "first")}
-    return {**wide, "step": torch.tensor(steps), "first_nll": rows, "losses": rows[:, None].repeat(1, 9)}
+    state = {**wide, "step": torch.tensor(steps), "certain": torch.zeros(len(steps), dtype=torch.bool)}
+    return state | {"first_nll": rows, "losses": rows[:, None].repeat(1, 9)}
 
 
 def test_the_furthest_state_counts_and_stays(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""EMMET (Gupta et al. 2024, arXiv 2403.14236): MEMIT's aim as a constraint: the keys must map to their values.
+
+At each layer Delta = Rᵀ (K C'⁻¹ Kᵀ + emmet_lambda I)⁻¹ K C'⁻¹ with C' = mom2_update_weight C + update_norm_lambda I.
+With emmet_lambda 0 the constraint holds exactly; else it is MEMIT's update with lambda C := emmet_lambda C'.
+"""
+
+from pydantic import Field
+from torch import Tensor
+
+from ...kernels.spd_solve import Factor, SolveInfo, factorize
+from ..delta import Factors
+from ..hparams import Hparams
+from ..solve import memit_update
+from . import spreading
+from .registry import Job, Method, Outcome
+
+
+class EmmetHparams(Hparams):
+    """emmet_lambda: how much the constraint gives way; update_norm_lambda: a ridge that C gets."""
+
+    emmet_lambda: float = Field(0.1, ge=0)
+    update_norm_lambda: float = Field(0.0, ge=0)
+
+
+def edit(job: Job) -> Outcome:
+    asked = job.hparams
+    weight, ridge = asked.emmet_lambda * asked.mom2_update_weight, asked.update_norm_lambda / asked.mom2_update_weight
+
+    def solve(name: str, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
+        C = job.moments([name])[name]
+
+        def factor() -> Factor:
+            return factorize(C.to(K.device), ridge=ridge) if ridge else job.factor(name)
+
+        return memit_update(K, R, C, weight, factor)
+
+    return spreading.edit(job, solve)
+
+
+METHOD = Method("emmet", EmmetHparams, spreading.check, edit)

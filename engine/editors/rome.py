@@ -1,0 +1,102 @@
+"""ROME (Meng et al. 2022, arXiv 2202.05262) and, in `r_rome`, its repair: one layer, one fact after the other, each a
+rank-one update that sees the ones before it.
+
+The variable sits at the output of the layer's MLP. With k the mean key over all templates, k* the plain prompt's, W's
+output v* = W k* and v = v* + delta the optimised one: u = C⁻¹ k / |C⁻¹ k| (without covariance k / |k|), Delta = r uᵀ,
+
+    r = (v - W k*) / (k* . u)
+
+so that the plain prompt gives v. What the layer reads does not depend on its weight: all u are found at once.
+"""
+
+import hashlib
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...kernels.spd_solve import SolveInfo
+from ..delta import Factors
+from ..hparams import Hparams
+from ..keys import KeyWalk, flat_weights
+from ..objective import MLP
+from ..prompts import PLAIN, subject_rows
+from ..solve import inverse_times
+from ..value_turns import values_in_turn
+from ..values import Values, merged, summary
+from . import spreading
+from .registry import Job, Method, Outcome
+
+
+class RomeHparams(Hparams):
+    """mom2_adjustment: whether C enters u (EasyEdit's presets leave it out)."""
+
+    layers: tuple[int, ...] = Field(min_length=1, max_length=1)
+    mom2_adjustment: bool = True
+    context_template_length_params: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
+
+
+def check(job: Job) -> None:
+    spreading.check(job, (MLP,) if job.hparams.mom2_adjustment else ())
+
+
+def edit(job: Job, averaged: bool = False) -> Outcome:
+    """averaged: R-ROME's r, with the mean key k in the place of k*."""
+    model, (layer,) = job.model, job.hparams.layers
+    name, projection = model.anatomy.layer_name(layer), model.projection(layer)
+    with job.phases("keys"):
+        rows = subject_rows(model.tokenizer, job.facts, (PLAIN, *job.contexts), model.max_length)
+        K = KeyWalk(model, rows, [layer], weigh=flat_weights, site=(MLP,)).measure(layer).K
+        plain = KeyWalk(model, [of[:1] for of in rows], [layer], site=(MLP,)).measure(layer).K
+    with job.phases("solve"):
+        U, info = _directions(job, name, K)
+        key = K if averaged else plain
+        along = (key.double() * U).sum(1)
+    before = f"{job.hparams.model_dump_json()} {averaged} {_digest(job, name)}"
+    turns = values_in_turn(model, job.facts, job.contexts, job.hparams, job.objective, cache=job.cache, before=before)
+    found: list[Values] = []
+    left: list[Tensor] = []
+    size = spreading.size_of(model, f"{name}.weight")
+    for at in range(len(job.facts)):
+        with job.phases("values") as tick:
+            values = next(turns)
+            tick(at + 1, len(job.facts))
+        with job.phases("apply"):
+            r = (values.Z - _given(projection, key[at : at + 1]).to(values.Z.device)) / along[at].to(values.Z.device)
+            left.append(r.T.float())
+            job.put(f"{name}.weight", Factors(left[-1].contiguous(), U[at : at + 1].float()))
+        found.append(values)
+    turns.close()
+    together = merged(found)
+    now = _given(projection, plain).to(together.Z.device)
+    asked, missed = (together.Z - together.h0).norm(dim=1), (together.Z - now).norm(dim=1)
+    update = Factors(torch.cat(left, 1), U.float()).compact()
+    report = spreading.describe(f"{name}.weight", update, info, size, None)
+    facts = spreading.told(together, asked, missed)
+    return Outcome({f"{name}.weight": update}, facts, [report], values=summary(together, job.phases.seconds["values"]))
+
+
+def _directions(job: Job, name: str, K: Tensor) -> tuple[Tensor, SolveInfo]:
+    """u of each key, [n, d_in] float64 of length 1."""
+    U, info = K.double(), SolveInfo(0.0, 1.0, "float64", 0, "none", "full")
+    if job.hparams.mom2_adjustment:
+        U, info = inverse_times(K, job.moments([name])[name], lambda: job.factor(name))
+    return U / U.norm(dim=1, keepdim=True), info
+
+
+@torch.no_grad()
+def _given(projection: nn.Module, key: Tensor) -> Tensor:
+    """[n, d_model] float64, what the projection gives with its weight as it is."""
+    found: Tensor = projection(key.to(next(projection.parameters()).dtype))
+    return found.double()
+
+
+def _digest(job: Job, name: str) -> str:
+    """Which C the directions are of; the rest that they depend on names the values' folder."""
+    if not job.hparams.mom2_adjustment:
+        return ""
+    diagonal = job.moments([name])[name].diagonal().contiguous()
+    return hashlib.sha256(diagonal.cpu().numpy().tobytes()).hexdigest()[:24]
+
+
+METHOD = Method("rome", RomeHparams, check, edit, site=(MLP,))
