@@ -14,8 +14,9 @@ from ..stats.collect import batches
 from .anatomy import widths
 from .delta import Factors, Update
 from .model import Model
-from .passes import forward_bytes, hooks, score, tokens_that_fit
+from .passes import forward_bytes, hooks, tokens_that_fit
 from .prompts import Row
+from .scores import score
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Running the model: forward passes that read or score (`suffix` has the one that is differentiated).
+"""Running the model: forward passes that read or generate (`suffix` has the one that is differentiated).
 
 All rows are padded on the right and run without an attention mask: under causal attention no real token sees the
 padding, and nothing is read from padded positions. Passes stop behind the last module that is asked for.
@@ -182,39 +182,6 @@ def final_hidden(model: Model, rows: Sequence[Row], places: Sequence[Sequence[in
             for line, i in enumerate(batch):
                 result[i] = hidden[line, list(places[i])]
     return torch.cat([result[i] for i in range(len(rows))])
-
-
-@torch.no_grad()
-def score(
-    model: Model,
-    rows: Sequence[Row],
-    batch_tokens: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Tensor, Tensor]:
-    """Teacher-forced scores of each row's labels.
-
-    Returns (mean log-probability of the labels: [rows] float64, whether every label is the most probable token: [rows]
-    bool), both on the CPU. The head runs at the label positions only.
-    """
-    mean = torch.zeros(len(rows), dtype=torch.float64)
-    exact = torch.zeros(len(rows), dtype=torch.bool)
-    budget = batch_tokens or tokens_that_fit(model, forward_bytes(model) + 2 * model.anatomy.vocab)
-    done = 0
-    for batch in batches([len(row.ids) for row in rows], budget):
-        chosen = [rows[i] for i in batch]
-        counts = torch.tensor([len(row.labels) for row in chosen])
-        places = [range(len(row.ids) - len(row.labels), len(row.ids)) for row in chosen]
-        logits = model.logits(final_hidden(model, chosen, places, budget))
-        labels = torch.tensor([label for row in chosen for label in row.labels], device=logits.device)
-        right = logits.argmax(-1) == labels
-        logprob = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-        for i, part, hits in zip(
-            batch, logprob.double().cpu().split(counts.tolist()), right.cpu().split(counts.tolist()), strict=True
-        ):
-            mean[i], exact[i] = part.mean(), hits.all()
-        done += len(batch)
-        progress(done, len(rows))
-    return mean, exact
 
 
 @contextlib.contextmanager

@@ -37,13 +37,12 @@ from .hparams import Hparams
 from .keys import kept_bytes
 from .outline import Outline, model_shape
 from .passes import CPU_TOKENS, GPU_TOKENS, MEMORY_SHARE, forward_bytes
-from .prompts import CONTEXT_TOKENS, SEED_WORDS
 from .statistics import Floor
 from .value_groups import fact_bytes, size_within, token_bytes
 
 DOCUMENT = 440  # tokens of a document: the mean of the English Wikipedia's
 CHARACTERS = 4  # of a token
-REWRITTEN = len(SEED_WORDS) + 1  # rows of a fact: the plain one and one a context
+IN_TURN = ("rome", "r-rome")  # one fact after the other
 PLACES = ("device", "cpu", "disk")
 SMALLER = (  # what a user may ask for, if it is less
     ("--dtype bfloat16", torch.bfloat16, None),
@@ -142,7 +141,7 @@ def rated_dtypes(model: Outline) -> list[torch.dtype]:
 def plan(model: Outline, hparams: Hparams, method: str, texts: Texts, floor: Floor, tokens: int | None = None) -> Plan:
     """What editing those facts takes, statistics included; evaluation is not in it.
 
-    method: "memit" or "alphaedit"; tokens: of the statistics, None: what the hyper-parameters say
+    method: its name; tokens: of the statistics, None: what the hyper-parameters say
     """
     layers = dict.fromkeys((model.anatomy.layer_name(layer) for layer in hparams.layers), model.anatomy.d_in)
     length = min(DOCUMENT, hparams.mom2_max_length, model.max_length)
@@ -157,7 +156,7 @@ def plan(model: Outline, hparams: Hparams, method: str, texts: Texts, floor: Flo
     left = max(0, free[own] - weights)
     sums = place_for(layers, model.device, left, left if own == "cpu" else free["cpu"])
     work = _Work(model, model_shape(model), hparams, method, texts, floor, weights, left)
-    phases = [work.load(), work.statistics(tokens, length, sums)]
+    phases = [work.load(), *([work.statistics(tokens, length, sums)] if work.reads_moments else [])]
     if not model.quantize:  # which can be read, but not edited
         phases += [work.values(), work.keys(), work.solve(), work.apply()]
     if model.device.type == "cpu":
@@ -200,9 +199,19 @@ class _Work:
         return self.shape.d_in
 
     @property
+    def reads_moments(self) -> bool:
+        """ROME may do without."""
+        return bool(getattr(self.hparams, "mom2_adjustment", True))
+
+    @property
+    def contexts(self) -> list[int]:
+        """Tokens of each sampled context."""
+        return [tokens for tokens, count in self.hparams.context_template_length_params for _ in range(count)]
+
+    @property
     def moments(self) -> int:
         """C of all layers in float32, which an edit keeps on the CPU."""
-        return 4 * self.d**2 * len(self.hparams.layers)
+        return 4 * self.d**2 * len(self.hparams.layers) * self.reads_moments
 
     @property
     def z_layer(self) -> int:
@@ -243,23 +252,24 @@ class _Work:
     def _subjects(self) -> list[int]:
         """Tokens up to the subject's last one in each row of a fact, the plain one first."""
         plain = max(1, self.texts.prompt - self.texts.behind)
-        return [plain] + [plain + CONTEXT_TOKENS] * (REWRITTEN - 1)
+        return [plain, *(plain + context for context in self.contexts)]
 
     def values(self) -> Phase:
         shape, texts, model = self.shape, self.texts, self.model
         n, steps = texts.facts, self.hparams.v_num_grad_steps
-        rows = n * (REWRITTEN + 1)
+        rows = n * (len(self.contexts) + 2)
         behind, passes = texts.behind + texts.target - 1, (steps, steps - 1)
         each = [ValueRow(until + behind, until - 1, texts.target, *passes) for until in self._subjects()]
         each.append(ValueRow(texts.subject, texts.subject - 1, 0, *passes))
         cost = value_cost(shape, self.z_layer, each, self.itemsize)
         cost = Cost(n * cost.flops, cost.bytes)  # the weights once a pass, were all facts in one batch
         config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
-        longest = texts.longest + CONTEXT_TOKENS
-        fact = fact_bytes(model.anatomy, config, self.z_layer, REWRITTEN + 1, longest, self.itemsize)
+        longest = texts.longest + max(self.contexts, default=0)
+        fact = fact_bytes(model.anatomy, config, self.z_layer, len(self.contexts) + 2, longest, self.itemsize)
         token = token_bytes(model.anatomy, self.z_layer, self.itemsize)
         size = size_within(self.room, model.device, fact, token)
-        flying, group = min(n, size.facts), min(rows * longest, size.tokens)
+        flying = 1 if self.method in IN_TURN else min(n, size.facts)
+        group = min(rows * longest, size.tokens)
         device = flying * fact + group * token + 8 * n * shape.d_model
         disk = 8 * n * shape.d_model  # Z and what was there, kept
         tokens = sum(row.length for row in each)
@@ -281,6 +291,8 @@ class _Work:
 
     def solve(self) -> Phase:
         d, n, L = self.d, self.texts.facts, len(self.hparams.layers)
+        if not self.reads_moments:
+            return Phase("solve", 8 * n * d, 0, 0, 0.0, "the keys themselves")
         if self.method == "alphaedit":
             # at most half of the directions: the smaller of null space and complement is kept
             cost, name = eigenbasis_cost(d) + push_through_cost(d, d // 2, n), "eigenvectors"

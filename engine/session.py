@@ -4,41 +4,31 @@ import json
 import logging
 import math
 import os
-import platform
-import subprocess
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from .. import __version__
 from ..kernels.dispatch import recording, using
 from ..kernels.errors import InputError
-from ..kernels.spd_solve import Factor, NullSpace
-from ..stats import Corpus, Moment, cache_root, read_corpus
-from ..stats.collect import Budget
-from ..stats.derived import Derived
-from ..stats.memory import free_bytes
-from ..stats.projections import Projections, basis_of, read_projections
+from ..stats import Corpus, cache_root
+from ..stats.projections import Projections, read_projections
 from ..stats.ranks import ALONE, Ranks
 from .delta import Delta, EditedWeights, Provisional
 from .editors.registry import Job, Outcome, find_method
 from .evaluation import evaluate
 from .facts import Fact, InvalidFact, digest, to_record
+from .held import Held
 from .hparams import load_hparams
-from .model import DEMO, Model, demo_file, editable
+from .model import Model, editable
 from .objective import Objective
 from .passes import continuations, sample_contexts
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
-from .statistics import second_moments
+from .report import implementations, versions
 from .value_store import value_folder
 from .values import perplexities
 
@@ -49,8 +39,6 @@ ABOUT = (
     *("id", "method", "preset", "hparams", "contexts", "seed", "statistics", "dtype"),
     *("facts_digest", "fact_count", "versions"),
 )
-Made = TypeVar("Made", Factor, NullSpace)
-KEEP = 4  # float64 copies of C that must be free for one more to be kept
 SAID_TOKENS = 6  # how much the report quotes of what the model says
 
 
@@ -164,19 +152,13 @@ class EditSession:
         self.fingerprint = model.fingerprint  # of what this session starts from
         self.edits: list[Edit] = []
         self.weights = EditedWeights(model)
-        self._stats = stats
-        self._corpus = corpus
-        self._projections: Projections | None = None
+        published: Projections | None = None
         if projections is not None:
             if method != "alphaedit":
                 raise InputError(f"{projections}: null-space projections are AlphaEdit's; {method} takes none")
-            self._projections = read_projections(projections, self.hparams.layers, model.anatomy.d_in)
-        self._moments: dict[str, Tensor] = {}
-        self._digests: dict[str, str] = {}
-        self._derived = Derived(cache_root() / "stats" / "derived")
-        self._kept: dict[tuple[str, str], Any] = {}
+            published = read_projections(projections, self.hparams.layers, model.anatomy.d_in)
+        self.held = Held(model, self.hparams, stats, corpus, published, ranks)
         self._state: Any = None  # what the method's last edit left
-        self._statistics: dict[str, dict[str, Any]] = {}
 
     def edit(
         self,
@@ -284,9 +266,9 @@ class EditSession:
             self.contexts,
             self.hparams,
             self.objective,
-            lambda names: self._second_moments(names, phases),
-            self._factor,
-            self._space,
+            lambda names: self.held.second_moments(names, phases, edited=bool(self.weights.sums)),
+            self.held.factor,
+            self.held.space,
             put,
             phases,
             state,
@@ -341,80 +323,11 @@ class EditSession:
             record["said"] = text
         return result
 
-    def _second_moments(self, names: Sequence[str], phases: Phases) -> dict[str, Tensor]:
-        missing = [name for name in names if name not in self._moments]
-        if self._projections is not None:  # C itself does not enter
-            self._statistics = {"projections": {"source": str(self._projections.path)}}
-            return {}
-        if missing:
-            with phases("statistics") as tick:
-                corpus = None if self._stats else self._read_corpus()
-                if self._corpus is None and corpus is not None and self.model.name != DEMO:
-                    log.warning("no corpus named: second moments come from the demo's small text (see --corpus)")
-                if self.weights.sums and self._stats is None:
-                    raise InputError("statistics are those of the unedited model: it was edited before they were there")
-                wanted = self.hparams
-                tokens = wanted.mom2_tokens or 20 * self.model.anatomy.d_in
-                found: dict[str, Moment] = {}
-                for ranks in (self.ranks, ALONE):  # what was collected together is the first's; others read it then
-                    lacking = [name for name in missing if name not in found]
-                    if not lacking:
-                        break
-                    found |= second_moments(
-                        self.model,
-                        lacking,
-                        corpus,
-                        Budget(wanted.mom2_max_length, wanted.mom2_n_samples, tokens),
-                        seed=wanted.mom2_seed,
-                        stats=self._stats,
-                        fingerprint=self.fingerprint,
-                        ranks=ranks,
-                        progress=tick,
-                    )
-            for name in list(found):
-                moment = found.pop(name)  # its triangle goes as the next mean comes
-                self._moments[name] = moment.mean
-                self._digests[name] = moment.digest
-                over = None if corpus is None else f"{corpus.name}-{corpus.digest}"
-                self._statistics[name] = {"source": moment.source, "tokens": moment.count, "corpus": over}
-        return {name: self._moments[name] for name in names}
-
     def _value_folder(self, contexts: Sequence[str]) -> Path:
         """Where values are kept that are made of the model as it is now; of all ranks one."""
         first = self.ranks.first
         name = value_folder(self.model, contexts, self.hparams, self.objective) if first else None
         return cache_root() / "values" / str(self.ranks.same(name))
-
-    def _read_corpus(self) -> Corpus:
-        named = self._corpus or demo_file("corpus.txt")
-        return named if isinstance(named, Corpus) else read_corpus(named)
-
-    def _factor(self, name: str) -> Factor:
-        C, digest = self._moments[name], self._digests[name]
-        return self._keep(name, "factor", lambda device: self._derived.factor(digest, C, device, name))
-
-    def _space(self, name: str, threshold: float) -> NullSpace:
-        published = self._projections
-        if published is not None:
-            layer = next(layer for layer in published.layers if self.model.anatomy.layer_name(layer) == name)
-            return self._keep(name, "published", lambda device: basis_of(published[layer]).to(device))
-        C, digest = self._moments[name], self._digests[name]
-        return self._keep(
-            name, f"null space {threshold}", lambda device: self._derived.null_space(digest, C, device, threshold)
-        )
-
-    def _keep(self, name: str, what: str, make: Callable[[torch.device], Made]) -> Made:
-        """What is made of a C, on its layer's device; kept there or on the CPU while memory is plentiful."""
-        weight = self.model.hf.get_parameter(f"{name}.weight")
-        if (name, what) in self._kept:
-            kept: Made = self._kept[name, what]
-            return kept.to(weight.device)
-        made = make(weight.device)
-        for place in dict.fromkeys((weight.device, torch.device("cpu"))):
-            if free_bytes(place) > KEEP * 8 * self.model.anatomy.d_in**2:
-                self._kept[name, what] = made.to(place)
-                break
-        return made
 
     def _describe(self, facts: Sequence[Fact]) -> dict[str, Any]:
         model = self.model
@@ -434,17 +347,9 @@ class EditSession:
             "seed": self.seed,
             "facts_digest": digest(facts),
             "fact_count": len(facts),
-            "statistics": dict(self._statistics),
+            "statistics": dict(self.held.said),
             "versions": versions(),
         }
-
-
-def implementations(served: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """Operation -> implementation -> calls."""
-    found: dict[str, dict[str, int]] = {}
-    for (operation, implementation), calls in sorted(served.items()):
-        found.setdefault(operation, {})[implementation] = calls
-    return found
 
 
 def _warn_of_contradictions(facts: Sequence[Fact]) -> None:
@@ -455,28 +360,6 @@ def _warn_of_contradictions(facts: Sequence[Fact]) -> None:
     if twice:
         count = "1 prompt" if len(twice) == 1 else f"{len(twice)} prompts"
         log.warning("several new objects are asked of %s (first: %r): the facts contradict, none wins", count, twice[0])
-
-
-def versions() -> dict[str, str | None]:
-    """What produced a report: Rewire (with its git commit where it runs from a checkout), Python and the libraries."""
-    found: dict[str, str | None] = {"rewire": __version__, "git": _git_hash(), "python": platform.python_version()}
-    for name in ("torch", "transformers", "triton", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _git_hash() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    except OSError:  # no git there
-        return None
-    return asked.stdout.strip() or None
 
 
 def _write(path: Path, text: str) -> None:

@@ -28,8 +28,9 @@ from .facts import Fact
 from .hparams import Hparams
 from .model import Model
 from .objective import MEMIT, Objective
-from .passes import Map, fused, in_threads, out_of_memory, score
+from .passes import Map, fused, in_threads, out_of_memory
 from .prompts import PLAIN, Row, fact_rows, kl_rows, neighbor_rows
+from .scores import score
 from .suffix import Calls, record_calls
 from .value_groups import lay_out, size_for
 from .value_steps import STOP_LOSS as STOP_LOSS

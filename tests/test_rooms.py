@@ -24,9 +24,9 @@ ROOMS = {  # room -> rooms that it may import
 ENGINE = (
     *("phases", "objective", "facts", "anatomy", "model", "outline", "prompts", "presets", "hparams"),
     *("passes", "streams", "statistics", "fit"),
-    *("entry", "suffix", "walk", "datasets", "neighbors", "keys"),
+    *("scores", "entry", "suffix", "walk", "datasets", "neighbors", "keys"),
     *("value_groups", "value_steps", "value_store", "values", "value_turns", "delta", "beside"),
-    *("solve", "plan", "evaluation", "editors"),
+    *("solve", "plan", "evaluation", "editors", "held", "report"),
     *("session", "experiment", "compat"),
 )
 

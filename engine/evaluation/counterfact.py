@@ -13,9 +13,9 @@ from typing import Any
 from ...kernels.errors import InputError
 from ..facts import Fact, held_out
 from ..model import Model
-from ..passes import score
 from ..phases import Tick
 from ..prompts import answer_rows
+from ..scores import score
 
 KINDS = ("efficacy", "paraphrase", "neighborhood")
 

@@ -12,7 +12,7 @@ from ..facts import read_text
 from ..model import Model
 from ..phases import Tick
 from ..prompts import Row, prompt_ids
-from .teacher_forced import token_scores
+from ..scores import token_scores
 
 LARGEST_NLL = 500.0  # where perplexities end: e^500, so that they and their means stay numbers
 

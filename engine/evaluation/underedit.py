@@ -26,9 +26,9 @@ from ...kernels.errors import InputError
 from ..facts import Fact, held_out
 from ..model import Model
 from ..phases import Tick
+from ..scores import Answer, answers
 from .counterfact import harmonic_mean
 from .perplexity import perplexities, perplexity
-from .teacher_forced import Answer, answers
 
 KINDS = ("efficacy", "generalization", "specificity")
 

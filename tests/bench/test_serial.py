@@ -41,7 +41,7 @@ def test_spread_is_the_engines(demo: rewire.Model, facts: list[rewire.Fact]) -> 
         Z = torch.stack([serial_value(demo, fact, CONTEXTS, session.hparams).z for fact in facts])
     before = [p.clone() for p in demo.hf.parameters()]
     edit = session.edit(facts, evaluate=False)
-    moments = {layer: session._moments[demo.anatomy.layer_name(layer)] for layer in (1, 2)}
+    moments = {layer: session.held.moments[demo.anatomy.layer_name(layer)] for layer in (1, 2)}
     update = session.weights.updates[0]
     session.undo(edit.id)
     assert all(torch.equal(a, b) for a, b in zip(before, demo.hf.parameters(), strict=True))

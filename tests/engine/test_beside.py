@@ -11,8 +11,8 @@ import rewire
 from rewire.engine.anatomy import widths
 from rewire.engine.beside import Beside, score_each
 from rewire.engine.delta import EditedWeights, Factors, Update
-from rewire.engine.passes import score
 from rewire.engine.prompts import Row, pad
+from rewire.engine.scores import score
 from rewire.kernels.dispatch import interpreting, recording, using
 from rewire.kernels.errors import InputError
 from weights import changed, state

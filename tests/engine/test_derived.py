@@ -91,7 +91,7 @@ def test_another_threshold_needs_no_other_eigenbasis(
     other.hparams = other.hparams.model_copy(update={"nullspace_threshold": 1e-3})
     run(other, facts)
     assert made == ["eigenbasis"] * 2
-    ranks = [other._space(1, threshold).rank for threshold in (1e-3, 2e-2)]
+    ranks = [other.held.space("model.layers.1.mlp.down_proj", threshold).rank for threshold in (1e-3, 2e-2)]
     assert 0 < ranks[0] < ranks[1]
 
 
@@ -99,10 +99,10 @@ def test_without_memory_everything_comes_from_disk(
     demo: rewire.Model, facts: list[Fact], made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plenty = run(session_on(demo, "memit"), facts)
-    monkeypatch.setattr("rewire.engine.session.free_bytes", lambda device: 0)
+    monkeypatch.setattr("rewire.engine.held.free_bytes", lambda device: 0)
     poor = session_on(demo, "memit")
     assert equal(run(poor, facts), plenty)
-    assert poor._kept == {}
+    assert poor.held._kept == {}
     assert len(made) == 2
 
 
@@ -124,7 +124,7 @@ def test_triangles_go_as_means_come(demo: rewire.Model, facts: list[Fact], monke
         refs.extend(map(weakref.ref, found.values()))
         return found
 
-    monkeypatch.setattr("rewire.engine.session.second_moments", watched)
+    monkeypatch.setattr("rewire.engine.held.second_moments", watched)
     session_on(demo, "memit").edit(facts[:2], evaluate=False)
     assert alive == [2, 1]
 
@@ -174,7 +174,7 @@ def test_units_that_never_fire_are_edited_around(
     delta = run(session, facts)
     for edit in session.edits:
         with_dead, whole = edit.report["layers"]
-        ridge = 1e-6 * float(session._moments[1].diagonal().mean())
+        ridge = 1e-6 * float(session.held.moments["model.layers.1.mlp.down_proj"].diagonal().mean())
         assert with_dead["ridge"] == pytest.approx(ridge)
         assert whole["ridge"] == 0
         assert with_dead["residual"] < 1e-6

@@ -140,7 +140,7 @@ def test_alphaedit_in_two_batches(known: rewire.Model, golden: dict[str, Any]) -
             wanted = golden["tensors"][f"alphaedit.batch{batch}.delta.{name}"]
             assert relative(factors.dense(), wanted) < 2e-2, (batch, name)
     for layer in session.hparams.layers:
-        space = session._space(known.anatomy.layer_name(layer), asked["nullspace_threshold"])
+        space = session.held.space(known.anatomy.layer_name(layer), asked["nullspace_threshold"])
         assert relative(space.dense().float(), golden["tensors"][f"alphaedit.P.{layer}"]) < 1e-3
     first = session.edits[0].id
     session.undo(session.edits[1].id)

@@ -13,8 +13,8 @@ import transformers
 
 import rewire
 from rewire.engine.beside import score_each
-from rewire.engine.passes import score
 from rewire.engine.prompts import answer_rows
+from rewire.engine.scores import score
 from rewire.engine.session import EditSession, implementations
 from rewire.kernels import registry
 from rewire.kernels.delta_linear import delta_linear

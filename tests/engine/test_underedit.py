@@ -13,7 +13,8 @@ import torch
 from small_models import FACTS, make
 
 import rewire
-from rewire.engine.evaluation import evaluate, teacher_forced, underedit
+from rewire.engine import scores
+from rewire.engine.evaluation import evaluate, underedit
 from rewire.engine.evaluation.perplexity import perplexities
 from rewire.engine.evaluation.underedit import score
 from rewire.engine.facts import EditNeighbor, Fact, Probe
@@ -143,10 +144,8 @@ def test_each_pair_runs_once_and_the_head_where_it_is_read(monkeypatch: pytest.M
     model = make("llama")
     fact = replace(FACTS[0], paraphrases=(FACTS[0].question, FACTS[1].question), neighbors=(FACTS[1].question,) * 3)
     rows: list[int] = []
-    scored = teacher_forced.token_scores
-    monkeypatch.setattr(
-        teacher_forced, "token_scores", lambda m, r, *more: (rows.append(len(r)), scored(m, r, *more))[1]
-    )
+    scored = scores.token_scores
+    monkeypatch.setattr(scores, "token_scores", lambda m, r, *more: (rows.append(len(r)), scored(m, r, *more))[1])
     heads: list[int] = []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: (heads.append(len(hidden)), logits(hidden))[1])
@@ -163,10 +162,10 @@ def test_each_pair_runs_once_and_the_head_where_it_is_read(monkeypatch: pytest.M
 
 def test_portions_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("gpt2")
-    rows = [teacher_forced.Row(tuple(range(5, 5 + n)), labels=tuple(range(6, 6 + n))) for n in (7, 1, 12, 3)]
-    whole = teacher_forced.token_scores(model, rows)
-    monkeypatch.setattr(teacher_forced, "HEAD_ROWS", 2)
-    for one, other in zip(whole, teacher_forced.token_scores(model, rows, batch_tokens=8), strict=True):
+    rows = [scores.Row(tuple(range(5, 5 + n)), labels=tuple(range(6, 6 + n))) for n in (7, 1, 12, 3)]
+    whole = scores.token_scores(model, rows)
+    monkeypatch.setattr(scores, "HEAD_ROWS", 2)
+    for one, other in zip(whole, scores.token_scores(model, rows, batch_tokens=8), strict=True):
         assert (one.labels, one.best) == (other.labels, other.best)
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ...kernels.errors import InputError
-from ...stats.collect import batches
-from ..model import Model
-from ..passes import final_hidden, forward_bytes, tokens_that_fit
-from ..phases import Tick
-from ..prompts import Row, answer_rows
+from ..kernels.errors import InputError
+from ..stats.collect import batches
+from .model import Model
+from .passes import final_hidden, forward_bytes, tokens_that_fit
+from .phases import Tick
+from .prompts import Row, answer_rows
 
 HEAD_ROWS = 256  # positions that the head is run on at once: it makes a row of the vocabulary of each
 
@@ -32,6 +33,11 @@ class Answer:
     def share_right(self) -> float:
         """Share of the labels that are the most probable token."""
         return sum(a == b for a, b in zip(self.labels, self.best, strict=True)) / len(self.labels)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every label is."""
+        return self.labels == self.best
 
     @property
     def mean_logprob(self) -> float:
@@ -69,6 +75,19 @@ def token_scores(
             start = stop
         progress(len(result), len(rows))
     return [result[i] for i in range(len(rows))]
+
+
+def score(
+    model: Model,
+    rows: Sequence[Row],
+    batch_tokens: int | None = None,
+    progress: Tick = lambda done, total: None,
+) -> tuple[Tensor, Tensor]:
+    """(mean log-probability of each row's labels: [rows] float64, whether all are the most probable: [rows] bool), on
+    the CPU."""
+    found = token_scores(model, rows, batch_tokens, progress)
+    means = torch.tensor([answer.mean_logprob for answer in found], dtype=torch.float64)
+    return means, torch.tensor([answer.exact for answer in found], dtype=torch.bool)
 
 
 def answers(
