@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 import rewire
+from rewire.engine.entry import gate
 from rewire.engine.model import demo_file
+from rewire.engine.objective import ATTENTION, MLP
 from rewire.engine.session import EditSession, Iteration
 from rewire.engine.value_turns import values_in_turn
+from rewire.engine.values import optimise_values
 
 METHODS = ("memit", "memit-history", "alphaedit", "pmet", "emmet", "rome", "r-rome")
 QUICK: dict[str, Any] = {"v_num_grad_steps": 4, "mom2_tokens": 4000}
@@ -189,8 +193,6 @@ def test_a_loss_that_is_no_number(facts: list[rewire.Fact], demo: rewire.Model) 
 
 def test_values_in_turn_are_those_of_a_batch_of_one(facts: list[rewire.Fact], demo: rewire.Model) -> None:
     """With nothing written between them, each is what `optimise_values` gives."""
-    from rewire.engine.values import optimise_values
-
     session = started(demo, "rome")
     asked = (demo, facts, CONTEXTS, session.hparams)
     together = optimise_values(*asked, objective=session.objective)
@@ -198,3 +200,15 @@ def test_values_in_turn_are_those_of_a_batch_of_one(facts: list[rewire.Fact], de
         assert torch.allclose(one.Z[0], together.Z[number], rtol=1e-4, atol=1e-5)
         assert int(one.steps) == int(together.steps[number])
     assert number == len(facts) - 1
+
+
+def test_variables_inside_a_block_know_their_thread(demo: rewire.Model) -> None:
+    """Groups run side by side: they share the projections' hooks, and not what is put through them."""
+    x = torch.ones(1, 1, demo.anatomy.d_in)
+    plain = demo.projection(1)(x)
+    with gate(demo, 1, (MLP, ATTENTION)) as opened, ThreadPoolExecutor(1) as other:
+        assert opened is not None
+        opened.rows.now = {MLP: (None, torch.full((1, demo.anatomy.d_model), 3.0))}
+        assert torch.equal(demo.projection(1)(x), plain + 3)
+        assert torch.equal(other.submit(demo.projection(1), x).result(), plain)
+    assert torch.equal(demo.projection(1)(x), plain)
