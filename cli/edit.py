@@ -128,7 +128,10 @@ def edit(
         lost = [f["subject"] for f in report["facts"] if f["after"]["efficacy"]["accuracy"] < 1]
         named = f"; not for {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''} (all in report.json)" if lost else ""
         print(f"the new object is the most probable one for {len(wanted) - len(lost)} of {len(wanted)}{named}")
-    for source, tokens in {(row["source"], row.get("tokens")): None for row in report["statistics"].values()}:
+    for source, tokens in dict.fromkeys(
+        (str(Path(row["source"]).parent) if Path(row["source"]).is_file() else row["source"], row.get("tokens"))
+        for row in report["statistics"].values()
+    ):
         print(f"statistics: {source}" + (f", {tokens:,} tokens" if tokens else ""))
     if report["values"]:
         print(values_line(report["values"]))
@@ -138,6 +141,8 @@ def edit(
                 f"iteration {row['number']}: perplexity {row['initial']:.3g}, {row['optimization']:.3g} optimised, "
                 f"{row['spread']:.3g} with the weights written"
             )
+        if len(report["iterations"]) < iterations:
+            print(f"ended after {len(report['iterations'])} of {iterations}: the two are within {stop_gap:g}")
     print(common.seconds_line(report["seconds"]))
     print(f"written to {out}; the model with the edit in it is made by")
     words = ["rewire", "merge", str(out), "--to", model]

@@ -47,18 +47,22 @@ class Factors:
             return self
         return Factors(self.dense(), None)
 
-    def plus(self, other: "Factors") -> "Factors":
-        """The sum of both, compact."""
-        if self.right is None or other.right is None:
-            return Factors(self.dense() + other.dense(), None)
-        return Factors(torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right])).compact()
-
     @property
     def rank(self) -> int:
         return self.left.shape[1]
 
     def finite(self) -> bool:
         return all(bool(torch.isfinite(part).all()) for part in (self.left, self.right) if part is not None)
+
+
+def summed(parts: Sequence[Factors]) -> Factors:
+    """Their sum, compact."""
+    if len(parts) == 1:
+        return parts[0]
+    sides = [(part.left, part.right) for part in parts if part.right is not None]
+    if len(sides) < len(parts):
+        return Factors(torch.stack([part.dense() for part in parts]).sum(0), None)
+    return Factors(torch.cat([left for left, _ in sides], 1), torch.cat([right for _, right in sides])).compact()
 
 
 Update = dict[str, Factors]  # weight name -> its factors: what one edit changes
@@ -151,14 +155,18 @@ class EditedWeights:
 class Provisional:
     """One edit's update while it is made.
 
-    update: weight name -> the sum of what was put there; before: weight name -> its float32 sum before the edit
+    before: weight name -> its float32 sum before the edit; parts: weight name -> what was put there since, in order
     """
 
     def __init__(self, weights: EditedWeights) -> None:
         self.weights = weights
-        self.update: Update = {}
         self.before: dict[str, Tensor | None] = {}
-        self._loose: set[str] = set()  # written in several parts
+        self.parts: dict[str, list[Factors]] = {}
+
+    @property
+    def update(self) -> Update:
+        """Behind `settle`."""
+        return {name: parts[0] for name, parts in self.parts.items()}
 
     def __call__(self, name: str, factors: Factors) -> float:
         """Writes one more part of the update; returns the share of it that rounding to the weight's dtype lost
@@ -167,17 +175,14 @@ class Provisional:
         weights = self.weights
         if not factors.finite():
             raise InputError(f"{name}: its update holds NaN or infinity; no weight was changed")
-        writable(name, weights._module(name))
-        parameter = weights._parameter(name)
-        weights._check_untouched(name)
-        if name not in weights.originals:
-            weights.originals[name] = parameter.detach().clone()
-        self.before.setdefault(name, weights.sums.get(name))
+        if name not in self.parts:
+            writable(name, weights._module(name))
+            weights._check_untouched(name)
+            if name not in weights.originals:
+                weights.originals[name] = weights._parameter(name).detach().clone()
+            self.before[name] = weights.sums.get(name)
         lost = self._write(name, weights.sums.get(name), factors)
-        if name in self.update:
-            self._loose.add(name)
-            factors = self.update[name].plus(factors)
-        self.update[name] = factors
+        self.parts.setdefault(name, []).append(factors)
         return lost
 
     def settle(self) -> dict[str, float]:
@@ -185,8 +190,12 @@ class Provisional:
 
         Returns weight name -> the share of its whole update that rounding lost, of those.
         """
-        lost = {name: self._write(name, self.before[name], self.update[name]) for name in sorted(self._loose)}
-        self._loose.clear()
+        lost = {}
+        for name, parts in self.parts.items():
+            if len(parts) > 1:
+                whole = summed(parts)
+                lost[name] = self._write(name, self.before[name], whole)
+                parts[:] = [whole]
         return lost
 
     def _write(self, name: str, base: Tensor | None, factors: Factors) -> float:

@@ -92,7 +92,7 @@ def gate(model: Model, layer: int, site: tuple[str, ...]) -> Iterator[Gate | Non
         yield None
         return
     found = Gate(site)
-    parts = tuple(dict.fromkeys((MLP, ATTENTION)))
+    parts = (MLP, ATTENTION)
     with hooks(*(model.projection(layer, p).register_forward_hook(found.pass_through(p)) for p in parts)):
         yield found
 

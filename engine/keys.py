@@ -210,9 +210,11 @@ class KeyWalk:
         subject = self._plain(batch, parted, calls, found) if batch.plain else None
         here = parted.read.device
         position, fact, weight = (side.to(here) for side in (batch.position, batch.fact, batch.weight))
-        gather_mean_(found.K, parted.read, position, fact, weight)
+        adds = [(found.K, parted.read)]
         if found.attention is not None and parted.attended is not None:
-            gather_mean_(found.attention, parted.attended, position, fact, weight)
+            adds.append((found.attention, parted.attended.to(here)))
+        for K, read in adds:  # behind all that wants memory
+            gather_mean_(K, read, position, fact, weight)
         if layer == self.layers[-1] and ATTENTION not in self.site:
             if subject is not None:
                 self._at_subject.append((batch.fact.to(found.H.device), subject))

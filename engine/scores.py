@@ -1,5 +1,6 @@
 """Teacher-forced answers, token by token: what a model finds most probable, and how probable it finds the answer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from .passes import final_hidden, forward_bytes, tokens_that_fit
 from .phases import Tick
 from .prompts import Row, answer_rows
 
+LARGEST_NLL = 500.0  # nats: what perplexities end at
 HEAD_ROWS = 256  # positions that the head is run on at once: it makes a row of the vocabulary of each
 
 
@@ -42,6 +44,11 @@ class Answer:
     @property
     def mean_logprob(self) -> float:
         return sum(self.logprobs) / len(self.logprobs)
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), at most e^500: a model that broke (infinite, not a number) has one as well."""
+    return math.exp(min(LARGEST_NLL, nll))  # min keeps its first argument where the other is no number
 
 
 @torch.no_grad()

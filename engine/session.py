@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import uuid
 from collections import Counter
@@ -29,8 +28,9 @@ from .passes import continuations, sample_contexts
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
 from .report import implementations, versions
+from .scores import perplexity
 from .value_store import value_folder
-from .values import perplexities
+from .values import of_all, perplexities
 
 log = logging.getLogger("rewire")
 
@@ -62,7 +62,8 @@ class Iteration:
     all templates, those of its neighbours among them where they entered the values.
 
     number: from 1
-    facts: of each: init_ppl (as weights were), opt_ppl (with its delta added), spread_ppl (with weights written)
+    facts: of each: init_ppl (as weights were; of ROME behind the facts before it), opt_ppl (with its delta added),
+        spread_ppl (with weights written)
     initial, optimization, spread: their means over facts
     seconds: of each phase
     """
@@ -77,7 +78,7 @@ class Iteration:
 
 def _iteration(number: int, outcome: Outcome, spread: Sequence[float], seconds: dict[str, float]) -> Iteration:
     facts = [
-        {"init_ppl": math.exp(of["nll_before"]), "opt_ppl": math.exp(of["nll_with_delta"]), "spread_ppl": after}
+        {"init_ppl": perplexity(of["nll_before"]), "opt_ppl": perplexity(of["nll_with_delta"]), "spread_ppl": after}
         for of, after in zip(outcome.facts, spread, strict=True)
     ]
 
@@ -176,7 +177,7 @@ class EditSession:
         skipped: records that were left out, for the report
         iterations: passes, each with values and keys afresh from the weights that the last one left (arXiv 2503.11895)
         stop_gap: no further pass once |SPREAD - OPTIMIZATION| perplexity is at most this; None: all passes
-        watch: called behind each pass, with the weights as it left them
+        watch: called behind each pass, with the weights as it left them; of several ranks by each
         """
         if not facts:
             raise InputError("no facts to edit")
@@ -215,19 +216,23 @@ class EditSession:
             evaluate = evaluate and self.ranks.first
             before = None
             for number in range(1, iterations + 1):
-                spent = dict(phases.seconds)
                 job = self._job(facts, put, phases, state)
                 if number == 1:
                     self.method.check(job)  # what can be refused is refused before the long work
                     before = self._look(facts, phases, "evaluate_before") if evaluate else None
+                spent = dict(phases.seconds)
                 outcome = self.method.edit(job)
                 lost = put.settle()
                 for layer in outcome.layers:
                     layer["lost_to_rounding"] = lost.get(layer["weight"], layer["lost_to_rounding"])
                 if self.compat:  # published: a batch that is edited again counts once more
                     state = outcome.state
-                with phases("spread"):
-                    spread = perplexities(self.model, facts, job.contexts, self.objective)
+                with phases("spread"):  # of the first rank for all, so that all end with the same pass
+                    first = self.ranks.first
+                    measured = perplexities(self.model, facts, job.contexts, self.objective) if first else None
+                    spread = self.ranks.same(measured) or []
+                if number == 1:
+                    first_nll = [result["nll_before"] for result in outcome.facts]
                 now = _iteration(number, outcome, spread, _since(spent, phases.seconds))
                 done.append(
                     {name: value for name, value in asdict(now).items() if name != "facts"}
@@ -243,13 +248,13 @@ class EditSession:
                 "seconds": {name: round(seconds, 4) for name, seconds in phases.seconds.items()},
                 "before": before and before["metrics"],
                 "after": after and after["metrics"],
-                "values": outcome.values,
+                "values": of_all([row["values"] for row in done]),
                 "layers": outcome.layers,
                 "iterations": done,
                 "facts": [
                     to_record(fact)
                     | result
-                    | {"spread_ppl": spread[i]}
+                    | {"nll_before": first_nll[i], "spread_ppl": spread[i]}
                     | ({"before": before["facts"][i], "after": after["facts"][i]} if before and after else {})
                     for i, (fact, result) in enumerate(zip(facts, outcome.facts, strict=True))
                 ],

@@ -137,7 +137,8 @@ class Suffix:
         rows = torch.arange(len(self.start), device=self.start.device)
         length = seen.read.shape[1]
         ((_, gathered),) = _gather({layer: call}, self.start, 1, 0, (length, recorded), PrefixCache({})).items()
-        read, attended = (hidden[rows, self.start] for hidden in (seen.read, seen.given[ATTENTION]))
+        here = self.start.device  # what the block reads may lie where the block below is
+        read, attended = (hidden.to(here)[rows, self.start] for hidden in (seen.read, seen.given[ATTENTION]))
         return replace(self, entry=Entry(self.model, layer, gate, read, attended, gathered))
 
     def only(self, kept: Tensor) -> "Suffix":

@@ -73,7 +73,7 @@ def value_folder(model: Model, contexts: Sequence[str], hparams: Hparams, object
         "transformers": transformers.__version__,
         "contexts": list(contexts),
         "hparams": {name: getattr(hparams, name) for name in ENTERS},
-        "objective": asdict(objective),
+        "objective": asdict(objective) | {"compat": objective.compat and objective.neighbors},
         "z_layer": hparams.layers[-1],
         "dtype": str(next(model.hf.parameters()).dtype),
         "tokenizer": tokenizer_digest(lambda texts: encode(model, texts)),

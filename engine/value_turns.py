@@ -1,7 +1,7 @@
 """Values one after the other, each optimised on weights that hold the edits of the facts before it (ROME)."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ def values_in_turn(
     contexts: Sequence[str],
     hparams: Hparams,
     objective: Objective,
-    progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     cache: Path | None = None,
     before: str = "",
@@ -62,14 +61,13 @@ def values_in_turn(
                     row = new[key] = {k: v.cpu() for k, v in turns.one(number, opened, in_parallel).items()}
                 whole = {k: v.to(model.device) for k, v in row.items()} | {"cached": torch.tensor([cached])}
                 yield Values(**{f.name: whole[f.name] for f in fields(Values) if f.name in whole}, capacity=1)
-                progress(number + 1, len(keys))
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save()
                     saved = time.monotonic()
     finally:
         save()
-    if store:
-        store.merge()
+        if store:
+            store.merge()
 
 
 class _Turns:

@@ -30,7 +30,7 @@ from .model import Model
 from .objective import MEMIT, Objective
 from .passes import Map, fused, in_threads, out_of_memory
 from .prompts import PLAIN, Row, fact_rows, kl_rows, neighbor_rows
-from .scores import score
+from .scores import perplexity, score
 from .suffix import Calls, record_calls
 from .value_groups import lay_out, size_for
 from .value_steps import STOP_LOSS as STOP_LOSS
@@ -57,7 +57,7 @@ class Values:
     steps: [n] int64, Adam updates made
     losses: [n, v_num_grad_steps] float32, the loss at each forward, NaN behind the last
     cached: [n] bool, came from disk
-    capacity: facts in flight at once; 0: none had to be optimised
+    capacity: facts in flight at once, 1 where they come in turn; 0: none had to be optimised
     """
 
     Z: Tensor
@@ -107,6 +107,21 @@ def summary(values: Values, seconds: float) -> dict[str, Any]:
         "facts_per_second": (facts - cached) / seconds if seconds else None,
         "mean_steps": float(values.steps.double().mean()),
         "capacity": values.capacity,
+    }
+
+
+def of_all(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a report says of several passes together, from their summaries."""
+    optimised, cached = (sum(one[name] for one in passes) for name in ("optimised", "cached"))
+    seconds = sum(one["seconds"] for one in passes)
+    return {
+        "facts": passes[0]["facts"],
+        "optimised": optimised,
+        "cached": cached,
+        "seconds": round(seconds, 4),
+        "facts_per_second": optimised / seconds if seconds else None,
+        "mean_steps": sum(one["mean_steps"] for one in passes) / len(passes),
+        "capacity": max(one["capacity"] for one in passes),
     }
 
 
@@ -166,7 +181,7 @@ def perplexities(model: Model, facts: Sequence[Fact], contexts: Sequence[str], o
     for of in rows:
         labels = torch.tensor([len(row.labels) for row in of], dtype=torch.float64)
         share = labels / labels[0] if objective.compat else torch.ones_like(labels)
-        found.append(float((-logprob[at : at + len(of)] * share).mean().exp()))
+        found.append(perplexity(float((-logprob[at : at + len(of)] * share).mean())))
         at += len(of)
     return found
 

@@ -7,7 +7,7 @@ With emmet_lambda 0 the constraint holds exactly; else it is MEMIT's update with
 from pydantic import Field
 from torch import Tensor
 
-from ...kernels.spd_solve import Factor, SolveInfo, factorize
+from ...kernels.spd_solve import SolveInfo
 from ..delta import Factors
 from ..hparams import Hparams
 from ..solve import memit_update
@@ -28,11 +28,11 @@ def edit(job: Job) -> Outcome:
 
     def solve(name: str, K: Tensor, R: Tensor) -> tuple[Factors, SolveInfo]:
         C = job.moments([name])[name]
-
-        def factor() -> Factor:
-            return factorize(C.to(K.device), ridge=ridge) if ridge else job.factor(name)
-
-        return memit_update(K, R, C, weight, factor)
+        if not ridge:
+            return memit_update(K, R, C, weight, lambda: job.factor(name))
+        C = C.to(K.device, copy=True)
+        C.diagonal().add_(ridge)
+        return memit_update(K, R, C, weight)
 
     return spreading.edit(job, solve)
 

@@ -33,7 +33,10 @@ class PmetHparams(Hparams):
     def check(self, anatomy: Anatomy, where: Callable[[str], str]) -> None:
         super().check(anatomy, where)
         known = published_names(anatomy)
-        for name in self.rewrite_module_tmps or ():
+        named = self.rewrite_module_tmps or ()
+        if len(set(named)) < len(named):
+            raise InputError(f"{where('rewrite_module_tmps')}: rewrite_module_tmps names a module twice: {list(named)}")
+        for name in named:
             if name not in known:
                 raise InputError(
                     f"{where('rewrite_module_tmps')}: rewrite_module_tmps holds {name!r}, this model has "

@@ -9,6 +9,7 @@ output v* = W k* and v = v* + delta the optimised one: u = C⁻¹ k / |C⁻¹ k|
 so that the plain prompt gives v. What the layer reads does not depend on its weight: all u are found at once.
 """
 
+import contextlib
 import hashlib
 
 import torch
@@ -52,28 +53,33 @@ def edit(job: Job, averaged: bool = False) -> Outcome:
         U, info = _directions(job, name, K)
         key = K if averaged else plain
         along = (key.double() * U).sum(1)
+    size, spent = spreading.size_of(model, f"{name}.weight"), job.phases.seconds.get("values", 0.0)
     before = f"{job.hparams.model_dump_json()} {averaged} {_digest(job, name)}"
-    turns = values_in_turn(model, job.facts, job.contexts, job.hparams, job.objective, cache=job.cache, before=before)
     found: list[Values] = []
     left: list[Tensor] = []
-    size = spreading.size_of(model, f"{name}.weight")
-    for at in range(len(job.facts)):
-        with job.phases("values") as tick:
-            values = next(turns)
-            tick(at + 1, len(job.facts))
-        with job.phases("apply"):
-            r = (values.Z - _given(projection, key[at : at + 1]).to(values.Z.device)) / along[at].to(values.Z.device)
-            left.append(r.T.float())
-            job.put(f"{name}.weight", Factors(left[-1].contiguous(), U[at : at + 1].float()))
-        found.append(values)
-    turns.close()
+    asked = (model, job.facts, job.contexts, job.hparams, job.objective)
+    # closed whatever happens: it holds the model as values want it
+    with contextlib.closing(values_in_turn(*asked, cache=job.cache, before=before)) as turns:
+        while True:
+            with job.phases("values") as tick:
+                values = next(turns, None)
+                tick(len(found) + (values is not None), len(job.facts))
+            if values is None:
+                break
+            with job.phases("apply"):
+                at = slice(len(found), len(found) + 1)
+                r = (values.Z.to(U.device) - _given(projection, key[at])) / along[at]
+                left.append(r.T.float().contiguous())
+                lost = job.put(f"{name}.weight", Factors(left[-1], U[at].float()))
+            found.append(values)
     together = merged(found)
     now = _given(projection, plain).to(together.Z.device)
-    asked, missed = (together.Z - together.h0).norm(dim=1), (together.Z - now).norm(dim=1)
+    wanted, missed = (together.Z - together.h0).norm(dim=1), (together.Z - now).norm(dim=1)
     update = Factors(torch.cat(left, 1), U.float()).compact()
-    report = spreading.describe(f"{name}.weight", update, info, size, None)
-    facts = spreading.told(together, asked, missed)
-    return Outcome({f"{name}.weight": update}, facts, [report], values=summary(together, job.phases.seconds["values"]))
+    report = spreading.describe(f"{name}.weight", update, info, size, lost)
+    facts = spreading.told(together, wanted, missed)
+    seconds = job.phases.seconds["values"] - spent
+    return Outcome({f"{name}.weight": update}, facts, [report], values=summary(together, seconds))
 
 
 def _directions(job: Job, name: str, K: Tensor) -> tuple[Tensor, SolveInfo]:

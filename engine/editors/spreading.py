@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels.errors import InputError
 from ...kernels.spd_solve import SolveInfo
 from ..delta import Factors
+from ..entry import runs_inside
 from ..keys import KeyWalk
 from ..model import Model, editable
 from ..objective import ATTENTION
@@ -49,6 +50,8 @@ def check(job: Job, site: tuple[str, ...] | None = None) -> None:
     editable(job.model)
     verify(job.model, job.hparams.layers[-1])
     verify_walk(job.model, job.hparams.layers)
+    if runs_inside(job.model.anatomy, job.objective.site):  # refused where attention's projection is not known
+        job.model.projection(job.hparams.layers[-1], ATTENTION)
     lacking = [fact.id for fact in job.facts if not fact.edit_neighbors] if job.objective.neighbors else []
     if lacking:
         raise InputError(
@@ -67,6 +70,7 @@ def edit(job: Job, solve: Solve, share: Share = evenly, site: tuple[str, ...] | 
     model, hparams = job.model, job.hparams
     site = site or job.objective.site
     job.moments(names_of(job, site))  # collected now, on the unedited model
+    spent = job.phases.seconds.get("values", 0.0)
     with job.phases("values") as tick:
         values = optimise_values(
             model,
@@ -84,7 +88,8 @@ def edit(job: Job, solve: Solve, share: Share = evenly, site: tuple[str, ...] | 
     variables = dict(zip(job.objective.site, values.Z.split(model.anatomy.d_model, 1), strict=True))
     Z = torch.cat([variables[part] for part in site], 1)
     update, layers, asked, left = spread(job, rows, Z, solve, share, site)
-    return Outcome(update, told(values, asked, left), layers, values=summary(values, job.phases.seconds["values"]))
+    seconds = job.phases.seconds["values"] - spent
+    return Outcome(update, told(values, asked, left), layers, values=summary(values, seconds))
 
 
 def told(values: Values, asked: Tensor, left: Tensor) -> list[dict[str, Any]]:

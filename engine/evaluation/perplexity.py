@@ -12,9 +12,7 @@ from ..facts import read_text
 from ..model import Model
 from ..phases import Tick
 from ..prompts import Row, prompt_ids
-from ..scores import token_scores
-
-LARGEST_NLL = 500.0  # where perplexities end: e^500, so that they and their means stay numbers
+from ..scores import perplexity, token_scores
 
 
 def perplexities(
@@ -41,12 +39,7 @@ def perplexities(
             raise InputError(f"{named} has {len(ids)} tokens, the model takes {model.max_length}; cut it")
     rows = [Row(tuple(ids[:-1]), labels=tuple(ids[1:])) for ids in coded]
     scored = token_scores(model, rows, batch_tokens, progress)
-    return [perplexity(-math.fsum(a.logprobs), len(a.labels) + compat) for a in scored]
-
-
-def perplexity(nll: float, tokens: int) -> float:
-    """exp(nll / tokens), at most e^500: a model that broke (infinite, not a number) is there as well."""
-    return math.exp(min(LARGEST_NLL, nll / tokens))  # min keeps its first argument where the other is no number
+    return [perplexity(-math.fsum(a.logprobs) / (len(a.labels) + compat)) for a in scored]
 
 
 def read_texts(path: str | Path) -> list[str]:

@@ -26,9 +26,9 @@ from ...kernels.errors import InputError
 from ..facts import Fact, held_out
 from ..model import Model
 from ..phases import Tick
-from ..scores import Answer, answers
+from ..scores import Answer, answers, perplexity
 from .counterfact import harmonic_mean
-from .perplexity import perplexities, perplexity
+from .perplexity import perplexities
 
 KINDS = ("efficacy", "generalization", "specificity")
 
@@ -178,4 +178,4 @@ def _judge(
 def _perplexity(of: Sequence[Answer]) -> float | None:
     """Of all their tokens together."""
     logprobs = [value for answer in of for value in answer.logprobs]
-    return perplexity(-sum(logprobs), len(logprobs)) if logprobs else None
+    return perplexity(-sum(logprobs) / len(logprobs)) if logprobs else None

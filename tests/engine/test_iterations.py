@@ -1,6 +1,7 @@
 """Edits of several passes: whole or not at all, undone as one, and the same bits from disk."""
 
 import copy
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 import rewire
+from rewire.engine.delta import Factors, Provisional
 from rewire.engine.entry import gate
 from rewire.engine.model import demo_file
 from rewire.engine.objective import ATTENTION, MLP
 from rewire.engine.session import EditSession, Iteration
 from rewire.engine.value_turns import values_in_turn
 from rewire.engine.values import optimise_values
+from rewire.stats import cache_root
 
 METHODS = ("memit", "memit-history", "alphaedit", "pmet", "emmet", "rome", "r-rome")
 QUICK: dict[str, Any] = {"v_num_grad_steps": 4, "mom2_tokens": 4000}
@@ -181,6 +184,52 @@ def test_an_interrupted_sweep_goes_on(
     edit = started(model, "rome").edit(facts, evaluate=False)
     assert [row["cached"] for row in edit.report["facts"]] == [True, True, True, False]
     assert_same_bits(model, weights_of(exact))
+
+
+def test_what_is_told_of_a_sweep(facts: list[rewire.Fact], demo: rewire.Model) -> None:
+    """The loss to rounding, also of a single fact; values' seconds of their own pass; one file of values."""
+    session = started(demo, "rome")
+    alone = session.edit(facts[:1], evaluate=False)
+    assert alone.report["layers"][0]["lost_to_rounding"] < 1e-5
+    edit = session.edit(facts[1:], evaluate=False, iterations=3)
+    assert edit.report["layers"][0]["lost_to_rounding"] < 1e-5
+    for row in edit.report["iterations"]:
+        assert row["values"]["seconds"] == pytest.approx(row["seconds"]["values"], abs=1e-3)
+
+
+def test_the_model_is_left_as_it_was(
+    facts: list[rewire.Fact], demo: rewire.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while somebody holds the error that ended a sweep, and what was optimised is on disk, in one file."""
+    demo.hf.train()
+    hooks = sum(len(module._forward_hooks) for module in demo.hf.modules())
+    session = started(demo, "rome")
+    own = Provisional.__call__
+
+    def fail(put: Provisional, name: str, factors: Factors) -> float:
+        if len(put.parts.get(name, ())) == 2:
+            raise RuntimeError("no room")
+        return own(put, name, factors)
+
+    monkeypatch.setattr(Provisional, "__call__", fail)
+    monkeypatch.setattr("rewire.engine.value_turns.SAVE_SECONDS", -1)
+    try:
+        session.edit(facts, evaluate=False)
+    except RuntimeError as error:
+        held = error
+    assert str(held) == "no room"
+    assert demo.hf.training
+    assert all(weight.requires_grad for weight in demo.hf.parameters())
+    assert sum(len(module._forward_hooks) for module in demo.hf.modules()) == hooks
+    assert len(list(cache_root().glob("values/*/*.safetensors"))) == 1
+
+
+def test_a_model_that_collapsed_still_has_a_perplexity(facts: list[rewire.Fact], demo: rewire.Model) -> None:
+    with torch.no_grad():
+        demo.hf.get_output_embeddings().weight.mul_(1e4)  # type: ignore[operator]
+    edit = started(demo).edit(facts, evaluate=False)
+    assert edit.report["iterations"][0]["initial"] > 1e200
+    json.dumps(edit.report, allow_nan=False)
 
 
 def test_a_loss_that_is_no_number(facts: list[rewire.Fact], demo: rewire.Model) -> None:

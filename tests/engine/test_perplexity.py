@@ -9,7 +9,8 @@ import torch
 from small_models import make
 
 import rewire
-from rewire.engine.evaluation.perplexity import perplexities, perplexity, read_texts
+from rewire.engine.evaluation.perplexity import perplexities, read_texts
+from rewire.engine.scores import perplexity
 from rewire.kernels.errors import InputError
 
 TEXTS = ["You and I know the capital.", " Because of physics", "Where is it? " * 6, "a b"]
@@ -59,8 +60,8 @@ def test_texts_without_a_perplexity_are_named(known: rewire.Model) -> None:
 
 
 def test_a_broken_model_still_has_a_number() -> None:
-    assert perplexity(3.0, 3) == pytest.approx(math.e)
-    assert perplexity(math.inf, 2) == perplexity(math.nan, 2) == perplexity(1e9, 2) == math.exp(500)
+    assert perplexity(1.0) == pytest.approx(math.e)
+    assert perplexity(math.inf) == perplexity(math.nan) == perplexity(1e9) == math.exp(500)
 
 
 @pytest.mark.parametrize(
