@@ -36,7 +36,7 @@ log = logging.getLogger("rewire")
 
 # what a delta tells of each edit
 ABOUT = (
-    *("id", "method", "preset", "hparams", "contexts", "seed", "statistics", "dtype"),
+    *("id", "method", "preset", "hparams", "neighbors", "compat", "contexts", "seed", "statistics", "dtype"),
     *("facts_digest", "fact_count", "versions"),
 )
 SAID_TOKENS = 6  # how much the report quotes of what the model says
@@ -297,7 +297,10 @@ class EditSession:
     @property
     def delta(self) -> Delta:
         """All edits of the session as factors."""
-        edits = [{key: edit.report[key] for key in ABOUT} for edit in self.edits]
+        edits = [
+            {key: edit.report[key] for key in ABOUT} | {"iterations": len(edit.report["iterations"])}
+            for edit in self.edits
+        ]
         return Delta(self.model.name, self.fingerprint, edits, self.weights.updates)
 
     def save(self, folder: str | Path) -> Path:
