@@ -4,19 +4,23 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import common
+
+if TYPE_CHECKING:
+    from ..engine.experiment.config import Experiment
 
 # the table's columns, within a terminal's eighty
 RATES = {"efficacy": "efficacy", "paraphr.": "generalization", "specif.": "specificity", "score": "score"}
 PERPLEXITIES = {"OPT": "optimization", "SPREAD": "spread", "ME-PPL": "me_ppl"}
 HEADER = "step facts" + "".join(f" {name:>8}" for name in (*RATES, *PERPLEXITIES)) + " secs."
 LEGEND = """acc/success in %, rounded; step 0 is the unedited model; perplexities of the new objects with their values
-put in by hand (OPT) and of the edited weights (SPREAD), and of the texts (ME-PPL)"""
+put in by hand (OPT) and of the edited weights (SPREAD), and of {texts} (ME-PPL)"""
 
 
 def run(
@@ -38,6 +42,7 @@ def run(
     data: Annotated[
         str | None, typer.Option("--data", "--ds-name", "--ds_name", help="mcf, zsre, zsre-alt, or a file of facts.")
     ] = None,
+    convention: common.Convention = None,
     subset: Annotated[
         int | None, typer.Option("--subset", "--ds-subset", "--ds_subset", min=0, help="Of a data set by name.")
     ] = None,
@@ -110,7 +115,7 @@ def run(
         folder, rows = sum_up(experiment)
         for row in [] if json else rows:
             _print_row(row)
-        _end(folder, rows, time.perf_counter() - start, json)
+        _end(experiment, folder, rows, time.perf_counter() - start, json)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("rewire run is one process; torchrun started several: use rewire edit for them")
@@ -125,10 +130,13 @@ def run(
         with common.bars() as listener:
             folder = run_experiment(experiment, listener, tell, common.load)
     except KeyboardInterrupt:
-        there = f"{common.count(max(0, len(rows) - 1), 'step')} measured" if rows else "nothing measured yet"
-        print(f"rewire: interrupted, {there}; given again, the same command goes on", file=sys.stderr)
+        steps = f"{common.count(len(rows) - 1, 'step')} measured"
+        there = ("nothing measured yet", "the unedited model measured", steps)
+        print(
+            f"rewire: interrupted, {there[min(len(rows), 2)]}; given again, the same command goes on", file=sys.stderr
+        )
         raise typer.Exit(3) from None
-    _end(folder, rows, time.perf_counter() - start, json)
+    _end(experiment, folder, rows, time.perf_counter() - start, json)
 
 
 def _print_row(row: dict[str, Any]) -> None:
@@ -151,13 +159,37 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _end(folder: Path, rows: list[dict[str, Any]], seconds: float, json: bool) -> None:
+def _stopped(experiment: "Experiment", rows: list[dict[str, Any]]) -> str | None:
+    """How `stop_gap` ended it, where it did before the last iteration; of batches, how many ended so."""
+    asked, gap = experiment.iterations, experiment.stop_gap
+    if gap is None:
+        return None
+    last = rows[-1]
+    spread: Any = last.get("spread")
+    optimization: Any = last.get("optimization")
+    if "iterations" in last:
+        took = [row.get("iterations", asked) for row in rows[1:]]
+        short = Counter(number for number in took if number < asked)
+        ends = [
+            f"after {number} of {asked} in {times} of {len(took)} batches" for number, times in sorted(short.items())
+        ]
+    else:
+        known = spread is not None and optimization is not None
+        ended = last["number"] < asked and known and abs(spread - optimization) <= gap
+        ends = [f"after {last['number']} of {asked}"] if ended else []
+    return f"stopped {', '.join(ends)}: SPREAD within {gap:g} of OPTIMIZATION" if ends else None
+
+
+def _end(experiment: "Experiment", folder: Path, rows: list[dict[str, Any]], seconds: float, json: bool) -> None:
     if json:
         common.print_json(
             {"out": str(folder), "iterations": [_finite(row) for row in rows], "seconds": round(seconds, 4)}
         )
         return
-    print(LEGEND)
+    texts = rows[0].get("texts")
+    print(LEGEND.format(texts=common.count(texts, "text") if texts else "the texts"))
+    if stopped := _stopped(experiment, rows):
+        print(stopped)
     print(f"written to {folder}")
 
 

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ...kernels.errors import InputError
 from ..editors.registry import find_method
 from ..facts import read_text
-from ..hparams import check_names
+from ..hparams import SET
+from ..model import DTYPES
 from ..presets import number
 from . import names
+from .wrong import check_settings, in_words
 
 PULL = "pull"  # what `stats` says for the published collection
 SETS = {"mcf": None, "zsre": "zsre", "zsre-alt": "zsre-alt"}  # data sets by name -> the convention they are read by
@@ -37,6 +39,7 @@ class Experiment(BaseModel):
     method: ours ("memit") or a published name ("MEMIT_RECURSIVE_NEIGHBOR"), which also says `neighbors` and that it
         iterates
     data: "mcf", "zsre" (its first answer is the new object), "zsre-alt" (its counterfactual one), or a file of facts
+    convention: how a file of zsRE is read: "zsre" or "zsre-alt"; data sets by name say it themselves
     subset: which subset of a data set by name
     num_edits: the first so many facts; None: all
     data_dir: the folder of data sets by name, and of `ME-PPL_50.json`
@@ -62,6 +65,7 @@ class Experiment(BaseModel):
     model: str = Field(min_length=1)
     method: str = "memit"
     data: str = Field(min_length=1)
+    convention: Literal["zsre", "zsre-alt"] | None = None
     subset: int | None = Field(None, ge=0)
     num_edits: int | None = Field(None, ge=1)
     data_dir: Path = Path("data")
@@ -99,10 +103,23 @@ class Experiment(BaseModel):
 
     @field_validator("set")
     @classmethod
-    def _known(cls, settings: dict[str, Any], about: Any) -> dict[str, Any]:
-        if "method" in about.data:
-            check_names(find_method(names.parse(about.data["method"]).method).hparams, settings)
+    def _numbers(cls, settings: dict[str, Any]) -> dict[str, Any]:
         return {key: number(value) for key, value in settings.items()}
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in ("auto", "checkpoint", *DTYPES):
+            raise ValueError(f"expected auto, checkpoint, {', '.join(DTYPES)}")
+        return dtype
+
+    @model_validator(mode="after")
+    def _one_convention(self) -> "Experiment":
+        if self.data in SETS and self.convention not in (None, SETS[self.data]):
+            raise ValueError(
+                f"data {self.data!r} says how it is read, convention {self.convention!r} otherwise; leave it out"
+            )
+        return self
 
     @property
     def algorithm(self) -> names.Algorithm:
@@ -126,6 +143,11 @@ class Experiment(BaseModel):
         """The folder's parts in one word, as the published tables are named."""
         return "_".join(self.folder(facts).relative_to(self.out).parts)
 
+    def title(self, facts: int) -> str:
+        """Its first parts, for people."""
+        method, model, data, number, *_ = self.folder(facts).relative_to(self.out).parts
+        return f"{method}, {model}, {data}, {number.replace('_', ' = ')}"
+
     def dump(self) -> str:
         """As YAML, which `read_experiment` reads back."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -141,8 +163,9 @@ class Experiment(BaseModel):
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """All keys but those that say where things lie, ready for JSON."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if key not in PLACES}
+        """All keys but those that say where things lie, ready for JSON; a method is one, by whichever name."""
+        said = self.model_dump(mode="json") | {"method": self.name}
+        return {key: value for key, value in said.items() if key not in PLACES}
 
 
 def read_experiment(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Experiment:
@@ -152,22 +175,30 @@ def read_experiment(path: str | Path | None = None, flags: Mapping[str, Any] | N
     """
     values = {} if path is None else _read(Path(path))
     given = {key: value for key, value in (flags or {}).items() if value is not None}
-    settings = {**_mapping(values.get("set")), **_mapping(given.get("set"))}
+    of_flags = _mapping(given.get("set"), SET)
+    settings = {**_mapping(values.get("set"), f"{path}: set"), **of_flags}
 
     def where(key: str) -> str:
         return flag(key) if key in given or path is None else f"{path}: {key}"
 
+    def of_set(name: str) -> str:
+        return SET if name in of_flags or path is None else f"{path}: set"
+
     merged = {**values, **given, **({"set": settings} if settings else {})}
     for key in ("model", "data"):
         if merged.get(key) is None:
-            found = (
-                f"{flag(key)} is missing" if path is None else f"{path}: {key} is missing, and there is no {flag(key)}"
-            )
-            raise InputError(f"{found}; expected {'a model' if key == 'model' else 'a data set, or a file of facts'}")
+            wanted = "a model" if key == "model" else "a data set, or a file of facts"
+            if path is None:
+                raise InputError(
+                    f"{flag(key)} is missing; expected {wanted}: name it, or a FILE with `{key}: ...` in it"
+                )
+            raise InputError(f"{path}: {key} is missing, and there is no {flag(key)}; expected {wanted}")
     try:
-        return Experiment(**merged)
+        made = Experiment(**merged)
     except ValidationError as error:
         raise InputError(_said(error, where)) from None
+    check_settings(find_method(made.algorithm.method).hparams, made.set, of_set)
+    return made
 
 
 def flag(key: str) -> str:
@@ -177,8 +208,12 @@ def flag(key: str) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(read_text(path))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{path}: {line}broken YAML ({error.problem or error.context})") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: no YAML ({' '.join(str(error).split())})") from None
+        raise InputError(f"{path}: broken YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
         raise InputError(
             f"{path}: {type(content).__name__} found, expected the keys of an experiment (model, data, ...)"
@@ -193,20 +228,19 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise InputError(f"set is {type(value).__name__}, expected a mapping of hyper-parameters such as {{v_lr: 0.1}}")
-    return value
+        raise InputError(f"{where}: {value!r} found, expected a mapping of hyper-parameters such as {{v_lr: 0.1}}")
+    return {str(name): setting for name, setting in value.items()}
 
 
 def _said(error: ValidationError, where: Callable[[str], str]) -> str:
     first = error.errors()[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if not first["loc"] or first["type"] == "value_error":
-        return reason
-    return f"{where(str(first['loc'][0]))}: {reason} ({first['input']!r} found)"
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    return f"{where(str(first['loc'][0]))}: {in_words(first)}"
 
 
 def _yaml(value: Any) -> str:

@@ -23,7 +23,7 @@ def facts_of(experiment: Experiment) -> list[Fact]:
     Raises `InputError` where the file is not there or wrong, and where neighbours are asked for that facts do not have.
     """
     path = facts_file(experiment)
-    facts = read_facts(path, experiment.num_edits, SETS.get(experiment.data))
+    facts = read_facts(path, experiment.num_edits, SETS.get(experiment.data) or experiment.convention)
     if experiment.num_edits is not None and len(facts) < experiment.num_edits:
         log.warning("%s: %d facts in it, %d asked for; going on with those", path, len(facts), experiment.num_edits)
     lacking = sum(not fact.edit_neighbors for fact in facts)
@@ -51,7 +51,10 @@ def facts_file(experiment: Experiment) -> Path:
     name, folder, edits = experiment.data.partition("-")[0], experiment.data_dir, experiment.num_edits
     subset = experiment.subset
     if subset is None:
-        raise InputError(f"data {experiment.data}: which subset? say --subset (published are 1, 10 and 15 of mcf)")
+        raise InputError(
+            f"data {experiment.data}: which subset? say --subset (published are 1, 10 and 15 of mcf); "
+            f"{_there(folder, name)}"
+        )
     places = [folder / f"{name}_random_subsets_{edits}" / f"random_subset_{subset}.json"] if edits else []
     sizes = {
         int(found[1]): path for path in folder.glob(f"{name}_random_subsets_*") if (found := _SIZE.search(path.name))
@@ -64,10 +67,24 @@ def facts_file(experiment: Experiment) -> Path:
         if place.is_file():
             return place
     listed = ", ".join(str(place) for place in places)
-    raise InputError(f"data {experiment.data}: none of {listed} is there; say --data-dir, or name a file of facts")
+    raise InputError(
+        f"data {experiment.data}: none of {listed} is there; {_there(folder, name)}; "
+        "say --data-dir, or name a file of facts"
+    )
+
+
+def _there(folder: Path, name: str) -> str:
+    """Which subsets of a data set are there, in words."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    patterns = (f"{name}_random_subsets_*/random_subset_*.json", f"{name}_subset_*.json", f"{name}_neighbors_*.json")
+    found = [str(path.relative_to(folder)) for pattern in patterns for path in sorted(folder.glob(pattern))]
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return f"{folder} has {', '.join(found[:_LISTED])}{more}" if found else f"{folder} has nothing of {name}"
 
 
 _SIZE = re.compile(r"_(\d+)$")
+_LISTED = 8  # files that a message names
 
 
 def texts_of(experiment: Experiment) -> list[str]:

@@ -18,9 +18,11 @@ from ... import __version__
 from ...kernels.errors import InputError
 from ...stats import cache_root, read_corpus
 from ...stats.pull import pull
+from ..editors.registry import find_method
 from ..evaluation import underedit
 from ..evaluation.underedit import mean
 from ..facts import Fact, to_record
+from ..hparams import SET, check_names
 from ..model import Model
 from ..model import load as load_model
 from ..phases import Listener, silent
@@ -32,14 +34,18 @@ from ..value_store import weights_digest
 from . import names, plots, results, summary
 from .config import PULL, Experiment
 from .data import TEXTS, facts_of, texts_of
-from .progress import Progress, content_digest
+from .progress import PROGRESS, Progress, content_digest
+from .wrong import check_settings, check_values
 
 log = logging.getLogger("rewire")
 
-Row = dict[str, Any]  # of a step: number, facts, metrics, seconds; but for 0 also initial, optimization, spread
+# of a step: number, facts, metrics, seconds; of 0 also texts, of others initial, optimization, spread, and of a batch
+# iterations, how many it took
+Row = dict[str, Any]
 Loader = Callable[[str, str, str], Model]  # (name, dtype, device)
 RETENTION = "retention.json"
 EVALUATE = "evaluate"  # the phase that a listener hears of
+EDIT = ("values", "keys", "solve", "apply")  # the phases whose time is that of an edit, as published
 
 
 def run(
@@ -56,14 +62,14 @@ def run(
     Raises `InputError` for what is wrong in the input, and for a folder that holds another experiment; what can be
     known without the model is known before it is loaded.
     """
+    _check(experiment)
+    contexts = None if experiment.contexts is None else read_contexts(experiment.contexts)
     facts, texts = facts_of(experiment), texts_of(experiment)
     progress = Progress.find(experiment, facts, texts)
     if progress.iterations is not None:
         for row in progress.rows:
             tell(row)
         return progress.folder
-    find_preset(experiment.algorithm.method, names.locate(experiment.model), experiment.preset)
-    contexts = None if experiment.contexts is None else read_contexts(experiment.contexts)
     corpus = None if experiment.corpus is None else read_corpus(experiment.corpus)
     stats = _statistics(experiment)
     if not texts:
@@ -98,20 +104,30 @@ def summarize(experiment: Experiment) -> tuple[Path, list[Row]]:
     if not steps:
         raise InputError(f"{folder}: no {results.results_file(folder, 1).name} there, nothing to sum up")
     made = _sum_up(experiment, folder, count, steps)
-    spreads = plots.spreads(made["all"])
+    batched = summary.batched(made)
+    spreads = plots.spreads(made["all"], batched)
+    facts = [made["facts"][-1], *made["facts"]]
     rows = []
-    for number, cells in enumerate(summary.rows(made["all"], experiment.compat)):
+    for number, cells in enumerate(summary.rows(made["all"], experiment.compat, batched)):
         found = dict(zip(summary.COLUMNS, cells, strict=True))
         metrics = {
             f"{kind.lower()}_{name}": value for (kind, name), value in found.items() if name in ("acc", "success")
         }
         metrics |= {"rewrite_ppl": found["Perplexity", "rewrite"], "me_ppl": found["Perplexity", "m-ppl-50"]}
-        row = {"number": number, "facts": count, "metrics": metrics}
+        row = {"number": number, "facts": facts[number], "metrics": metrics}
         if number:
             row["initial"], row["optimization"] = found["Perplexity", "init"], found["Perplexity", "final"]
             row["spread"] = spreads[number]
-        rows.append(row)
+        rows.append(row | _said(folder, number))
     return folder, rows
+
+
+def _said(folder: Path, number: int) -> Row:
+    """What a run of ours told of a step and its results do not: over how many texts, in how many iterations."""
+    path = folder / PROGRESS
+    steps = results.read_json(path).get("steps", {}) if path.is_file() else {}
+    row = steps.get(str(number), {}).get("row", {})
+    return {name: row[name] for name in ("texts", "iterations") if name in row}
 
 
 class _Run:
@@ -137,7 +153,8 @@ class _Run:
     def whole(self, session: EditSession) -> None:
         self.before = self._unedited()
         if "0" not in self.progress.steps:
-            self.progress.add(0, "", _row(0, self.before, None, 0.0, len(self.facts)))
+            row = _row(0, self.before, None, 0.0, len(self.facts))
+            self.progress.add(0, "", row | {"texts": len(self.texts)})
         self.tell(self.progress.rows[0])
         folder, asked = self.progress.folder, self.experiment
         edited: list[dict[str, float]] = []  # of each fact so far, what its own batch made of it
@@ -147,7 +164,7 @@ class _Run:
             def watch(iteration: Iteration, made: list[Iteration] = made) -> None:
                 made.append(iteration)
                 if len(self.batches) == 1:
-                    self._step(iteration.number, iteration, sum(iteration.seconds.values()))
+                    self._step(iteration.number, iteration, [iteration])
 
             session.edit(batch, evaluate=False, iterations=asked.iterations, stop_gap=asked.stop_gap, watch=watch)
             if len(self.batches) > 1:
@@ -155,13 +172,16 @@ class _Run:
                     last | {"init_ppl": first["init_ppl"]}
                     for first, last in zip(made[0].facts, made[-1].facts, strict=True)
                 ]
-                self._step(number, _together(number, edited, made), sum(sum(i.seconds.values()) for i in made))
+                self._step(number, _together(number, edited, made), made)
         _sum_up(asked, folder, len(self.facts), len(self.progress.rows) - 1)
         session.save(folder)
         self.progress.finish()
 
-    def _step(self, number: int, iteration: Iteration, seconds: float) -> None:
-        """Measures the weights as they are, all facts edited so far, unless their results are there."""
+    def _step(self, number: int, iteration: Iteration, made: Sequence[Iteration]) -> None:
+        """Measures the weights as they are, all facts edited so far, unless their results are there.
+
+        made: the iterations that the step took
+        """
         weights = weights_digest(self.model)
         facts = self.facts[: len(iteration.facts)]
         if self.progress.holds(number, weights):
@@ -170,6 +190,7 @@ class _Run:
                 self.hard = {record["id"] for record in results.read_json(path)} if path.is_file() else set()
             self.tell(self.progress.steps[str(number)]["row"])
             return
+        seconds = sum(one.seconds.get(phase, 0.0) for one in made for phase in EDIT)
         after = self._evaluate(facts, self.before)
         if self.hard is None:
             self.hard = results.hard_cases(after)
@@ -178,6 +199,8 @@ class _Run:
         if len(self.batches) > 1:
             self._retention(number, after)
         row = _row(number, after, iteration, seconds, len(facts))
+        if len(self.batches) > 1:
+            row["iterations"] = len(made)
         self.progress.add(number, weights, row)
         self.tell(row)
 
@@ -228,16 +251,30 @@ class _Run:
         results.write_json(path, [*known[: number - 1], {"after": number, "batches": lines}])
 
 
-def _statistics(experiment: Experiment) -> str | None:
-    """The folder of second moments, the published one fetched where it is asked for."""
+def _check(experiment: Experiment) -> None:
+    """Raises `InputError` for hyper-parameters, a preset, or statistics that are wrong whatever the model's weights."""
+    kind = find_method(experiment.algorithm.method).hparams
+    check_settings(kind, experiment.set, lambda name: SET)
+    preset = find_preset(experiment.algorithm.method, names.locate(experiment.model), experiment.preset)
+    if preset is not None:
+        place = preset.place
+        check_names(kind, preset.values, place)
+        values = {name: value for name, value in preset.values.items() if name in kind.model_fields}
+        check_values(kind, values | experiment.set, lambda name: SET if name in experiment.set else place)
     if experiment.stats == PULL:
-        files = pull(names.collection(experiment.model), cache_root() / "stats" / "published")
-        return str(files[0].parent)
-    if experiment.stats is not None and not Path(experiment.stats).is_dir():
+        names.collection(experiment.model)
+    elif experiment.stats is not None and not Path(experiment.stats).is_dir():
         raise InputError(
             f"--stats {experiment.stats}: no such folder; expected one that holds second moments, or {PULL!r}"
         )
-    return experiment.stats
+
+
+def _statistics(experiment: Experiment) -> str | None:
+    """The folder of second moments, the published one fetched where it is asked for."""
+    if experiment.stats != PULL:
+        return experiment.stats
+    files = pull(names.collection(experiment.model), cache_root() / "stats" / "published")
+    return str(files[0].parent)
 
 
 def _together(number: int, edited: list[dict[str, float]], made: Sequence[Iteration]) -> Iteration:
@@ -259,7 +296,7 @@ def _sum_up(experiment: Experiment, folder: Path, facts: int, steps: int) -> sum
     made = summary.write(folder, steps, experiment.compat)
     summary.write_csv(folder, experiment.label(facts), made, experiment.compat)
     try:
-        plots.draw(made, folder / "summary.png")
+        plots.draw(made, folder / "summary.png", experiment.title(facts))
     except InputError as error:  # a picture is not what a run fails for
         log.warning("no picture is drawn: %s", error)
     return made

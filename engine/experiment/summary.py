@@ -25,7 +25,8 @@ COLUMNS = (
 LEVELS = ("Metric", "MEMIT")  # names of the two header rows, whatever the method
 
 Entry = dict[str, Any]  # of one iteration: pre, post, m_ppl, m_ppl_pre
-Summary = dict[str, Any]  # {"all": [an entry an iteration], "hard": the same of the hard cases, None where none is}
+# {"all": [an entry an iteration], "hard": the same of the hard cases, None where none is, "facts": [of each how many]}
+Summary = dict[str, Any]
 
 
 def write(folder: Path, iterations: int, compat: bool) -> Summary:
@@ -38,14 +39,21 @@ def write(folder: Path, iterations: int, compat: bool) -> Summary:
     """
     path = folder / results.PERPLEXITIES
     of_texts = results.read_json(path) if path.is_file() else {}
-    summary: Summary = {"all": _entries(folder, iterations, False, of_texts, compat), "hard": None}
+    entries, facts = _entries(folder, iterations, False, of_texts, compat)
+    summary: Summary = {"all": entries, "hard": None, "facts": facts}
     if results.results_file(folder, 1, hard=True).is_file():
-        summary["hard"] = _entries(folder, iterations, True, of_texts, compat)
+        summary["hard"], _ = _entries(folder, iterations, True, of_texts, compat)
         results.write_json(folder / "summaryHard.json", summary["hard"])
     else:
         (folder / "summaryHard.json").unlink(missing_ok=True)  # of an earlier run
     results.write_json(folder / "summary.json", summary["all"])
     return summary
+
+
+def batched(summary: Summary) -> bool:
+    """Whether its steps are batches, of more and more facts, and not iterations, all of the same."""
+    facts = summary["facts"]
+    return bool(facts[0] < facts[-1])
 
 
 def write_csv(folder: Path, name: str, summary: Summary, compat: bool) -> list[Path]:
@@ -59,18 +67,19 @@ def write_csv(folder: Path, name: str, summary: Summary, compat: bool) -> list[P
     for group, entries in (("Group", summary["all"]), ("GroupHard", summary["hard"])):
         if entries:
             path = folder / f"{group}_{name}.csv"
-            text = _table(rows(entries, compat))
+            text = _table(rows(entries, compat, batched(summary)))
             write_whole(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
             written.append(path)
     return written
 
 
-def rows(entries: Sequence[Entry], compat: bool) -> list[list[float | None]]:
+def rows(entries: Sequence[Entry], compat: bool, batched: bool) -> list[list[float | None]]:
     """The cells under `COLUMNS`: the unedited model first, then each iteration.
 
     The unedited model's init is that of iteration 1, which began there; an iteration's init is its own.
+    batched: entries are of batches; then what is said of the unedited model is of all facts, as the last one has them
     """
-    first = entries[0]
+    first = entries[-1 if batched else 0]
     rates = _rates(first["pre"])
     unedited = [*rates, None, score(rates[1::2], compat), first.get("m_ppl_pre"), first["post"].get("init_ppl")]
     found = [unedited + [None] * (len(COLUMNS) - len(unedited))]
@@ -108,13 +117,17 @@ def _table(cells: Iterable[Sequence[float | None]]) -> str:
     return text.getvalue()
 
 
-def _entries(folder: Path, iterations: int, hard: bool, of_texts: dict[str, float], compat: bool) -> list[Entry]:
-    entries = []
+def _entries(
+    folder: Path, iterations: int, hard: bool, of_texts: dict[str, float], compat: bool
+) -> tuple[list[Entry], list[int]]:
+    """(entries, of how many records each is)."""
+    entries, counts = [], []
     for number in range(1, iterations + 1):
         records = results.read(folder, number, hard)
         entry: Entry = {side: _means([record[side] for record in records], compat) for side in ("pre", "post")}
         entries.append(entry | {"m_ppl": of_texts.get(str(number)), "m_ppl_pre": of_texts.get("0")})
-    return entries
+        counts.append(len(records))
+    return entries, counts
 
 
 def _means(records: Sequence[dict[str, Any]], compat: bool) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def words(tmp_path: Path, contexts: Path) -> list[object]:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewire.engine.experiment.plots.draw", lambda summary, path: None)
+    monkeypatch.setattr("rewire.engine.experiment.plots.draw", lambda summary, path, title: None)
 
 
 def test_every_key_is_a_flag() -> None:
@@ -130,8 +130,12 @@ def test_what_is_wrong(run: Command, tmp_path: Path, words: list[object]) -> Non
     file.write_text("model: demo\ndata: mcf\nitertions: 2\n")
     assert complaint(run("run", file)) == f"{file}: unknown key 'itertions'; did you mean 'iterations'?"
     assert complaint(run("run", tmp_path / "no.yaml")).startswith(f"{tmp_path / 'no.yaml'}: cannot be read")
-    assert complaint(run("run")) == "--model is missing; expected a model"
+    assert complaint(run("run")).startswith("--model is missing; expected a model: name it, or a FILE ")
     assert complaint(run(*words, "--set", "v_lrr=1")) == "--set: unknown hyper-parameter 'v_lrr'; did you mean 'v_lr'?"
+    assert complaint(run(*words, "--set", "v_lr=fast")) == "--set: v_lr: 'fast' found, expected a number"
+    assert complaint(run(*words, "--convention", "zsre")).endswith(
+        "this is no zsRE record (src, answers); leave it out"
+    )
     assert complaint(run(*words, "--stats", tmp_path / "no")).startswith(f"--stats {tmp_path / 'no'}: no such folder")
     assert complaint(run(*words, "--alg_name", "MEMIT_RECURSIVE_NEIGHBOR")).startswith(
         f"{FACTS}: 6 of 6 facts have no edit_neighbors, and neighbours' help is asked for; `rewire neighbors demo"
@@ -146,7 +150,23 @@ def test_interrupted(run: Command, words: list[object], tmp_path: Path, monkeypa
     monkeypatch.setattr("rewire.engine.session.EditSession.edit", interrupt)
     done = run(*words, "--out", tmp_path / "out", "--json")
     assert (done.status, done.out) == (3, "")
-    assert done.err.splitlines()[-1] == "rewire: interrupted, 0 steps measured; given again, the same command goes on"
+    assert done.err.splitlines()[-1] == (
+        "rewire: interrupted, the unedited model measured; given again, the same command goes on"
+    )
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_stopped_by_the_gap(run: Command, words: list[object], tmp_path: Path) -> None:
+    texts = tmp_path / "texts.json"
+    texts.write_text('[" The ferry waits for the old man.", " Here is a story."]')
+    words += ["--out", tmp_path / "out", "--perplexity", texts, "--stop-gap", 1e9]
+    for more in ([], ["--summarize"]):
+        done = run(*words, *more)
+        assert done.status == 0, done.err
+        assert "of 2 texts (ME-PPL)" in done.out
+        assert done.out.splitlines()[-2] == "stopped after 1 of 2: SPREAD within 1e+09 of OPTIMIZATION"
+    done = run(*words, "--batch", 4)
+    assert done.out.splitlines()[-2] == ("stopped after 1 of 2 in 2 of 2 batches: SPREAD within 1e+09 of OPTIMIZATION")
 
 
 def results(folder: Path) -> Any:

@@ -1,5 +1,6 @@
 """Experiments: what is asked for, and where its data and results lie."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,14 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert made.set == {"v_lr": 0.1, "layers": [1]}
 
 
+def test_a_method_is_one_by_whichever_name() -> None:
+    asked = {"model": "demo", "data": "mcf", "subset": 1, "iterations": 2}
+    ours, published = (read_experiment(None, asked | {"method": name}) for name in ("memit", "MEMIT_RECURSIVE"))
+    assert (ours.folder(3), ours.wanted) == (published.folder(3), published.wanted)
+    assert ours.differs(published) == []
+    assert ours.wanted != read_experiment(None, asked | {"method": "rome"}).wanted
+
+
 def test_the_shipped_example() -> None:
     shipped = Path(__file__).resolve().parents[2] / "docs" / "experiment.yaml"
     assert list(yaml.safe_load(shipped.read_text())) == list(Experiment.model_fields)
@@ -131,14 +140,30 @@ def test_what_is_written_is_read_back(keys: dict[str, Any], tmp_path: Path) -> N
         ("model: demo", "{path}: data is missing, and there is no --data; expected a data set, or a file of facts"),
         ("data: mcf", "{path}: model is missing, and there is no --model; expected a model"),
         ("- demo", "{path}: list found, expected the keys of an experiment (model, data, ...)"),
-        ("model: demo\ndata: mcf\niterations: 0", "{path}: iterations: Input should be greater than or equal to 1 (0"),
-        ("model: demo\ndata: mcf\nbatch: many", "{path}: batch: Input should be a valid integer, unable to parse"),
-        ("model: demo\ndata: mcf\nset: [v_lr]", "set is list, expected a mapping of hyper-parameters"),
-        ("model: demo\ndata: mcf\nset: {v_lrr: 1}", "--set: unknown hyper-parameter 'v_lrr'; did you mean 'v_lr'?"),
+        ("model: demo\ndata: mcf\niterations: 0", "{path}: iterations: 0 found, expected 1 or more"),
+        ("model: demo\ndata: mcf\nbatch: many", "{path}: batch: 'many' found, expected a whole number"),
+        ("model: demo\ndata: mcf\nbatch: 1.5", "{path}: batch: 1.5 found, expected a whole number"),
+        ("model: demo\ndata: mcf\nstop_gap: -1", "{path}: stop_gap: -1 found, expected 0 or more"),
+        ("model: demo\ndata: mcf\nstop_gap: .inf", "{path}: stop_gap: inf found, expected a finite number"),
+        ("model: demo\ndata: mcf\ncompat: maybe", "{path}: compat: 'maybe' found, expected true or false"),
+        ("model: ''\ndata: mcf", "{path}: model: '' found, expected a text that is not empty"),
+        ("model: demo\ndata: mcf\nout: 3", "{path}: out: 3 found, expected a path"),
+        ("model: demo\ndata: mcf\ndtype: float23", "{path}: dtype: 'float23' found, expected auto, checkpoint, float"),
+        ("model: demo\ndata: a.json\nconvention: zs", "{path}: convention: 'zs' found, expected 'zsre' or 'zsre-alt'"),
+        ("model: demo\ndata: zsre\nconvention: zsre-alt", "data 'zsre' says how it is read, convention 'zsre-alt' oth"),
+        ("model: demo\ndata: mcf\nset: [v_lr]", "{path}: set: ['v_lr'] found, expected a mapping of hyper-parameters"),
+        ("model: demo\ndata: mcf\nset: {v_lrr: 1}", "{path}: set: unknown hyper-parameter 'v_lrr'; did you mean 'v_l"),
+        ("model: demo\ndata: mcf\nset: {v_lr: fast}", "{path}: set: v_lr: 'fast' found, expected a number"),
+        ("model: demo\ndata: mcf\nset: {v_lr: 0}", "{path}: set: v_lr: 0 found, expected more than 0"),
+        ("model: demo\ndata: mcf\nset: {layers: 3}", "{path}: set: layers: 3 found, expected a list of layer numbers"),
+        ("model: demo\ndata: mcf\nset: {layers: [a]}", "{path}: set: layers.0: 'a' found, expected a whole number"),
+        ("model: demo\ndata: mcf\nmethod: rome\nset: {layers: [1, 2]}", "layers: [1, 2] found, expected a list of at"),
         ("model: demo\ndata: mcf\nmethod: memmit", "unknown method 'memmit'; did you mean 'memit'?"),
-        ("model: demo\ndata: mcf\nmethod: 3", "{path}: method: Input should be a valid string (3 found)"),
+        ("model: demo\ndata: mcf\nmethod: 3", "{path}: method: 3 found, expected a text"),
         ("model: demo\ndata: mcf\nmethod: MEMIT_NEIGHBOR\nneighbors: false", "'MEMIT_NEIGHBOR' has neighbours' help"),
-        ("model: [demo", "{path}: no YAML ("),
+        ("model: [demo", "{path}: line 1: broken YAML (expected ',' or ']', but got '<stream end>')"),
+        ("model: demo\ndata: mcf\n\tseed: 1", "{path}: line 3: broken YAML (found character '\\t' that cannot start"),
+        ("model: \x07", "{path}: broken YAML ("),
     ],
 )  # fmt: skip
 def test_keys_that_are_wrong(text: str, said: str, tmp_path: Path) -> None:
@@ -148,13 +173,26 @@ def test_keys_that_are_wrong(text: str, said: str, tmp_path: Path) -> None:
         read_experiment(path)
     assert said.format(path=path) in str(error.value)
     assert "\n" not in str(error.value)
+    assert "Input should" not in str(error.value)
 
 
 def test_a_wrong_flag_is_named() -> None:
-    with pytest.raises(rewire.InputError, match=r"^--num-edits: Input should be greater"):
+    with pytest.raises(rewire.InputError, match=r"^--num-edits: 0 found, expected 1 or more$"):
         read_experiment(None, {"model": "demo", "data": "mcf", "num_edits": 0})
-    with pytest.raises(rewire.InputError, match=r"^--model is missing"):
+    with pytest.raises(rewire.InputError, match=r"^--model is missing; expected a model: name it, or a FILE with"):
         read_experiment(None, {"data": "mcf"})
+
+
+def test_a_setting_is_said_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text("model: demo\ndata: mcf\nset: {v_lr: fast, kl_factor: 1}\n")
+    assert read_experiment(path, {"set": {"v_lr": 0.1}}).set == {"v_lr": 0.1, "kl_factor": 1}
+    for flags, said in (
+        ({"kl_factor": -1}, r"set: v_lr: 'fast'"),
+        ({"v_lr": 1, "kl_factor": -1}, r"^--set: kl_factor: -1"),
+    ):
+        with pytest.raises(rewire.InputError, match=said):
+            read_experiment(path, {"set": flags})
 
 
 # its data
@@ -175,6 +213,10 @@ def test_where_data_sets_are_looked_for(tmp_path: Path) -> None:
         found(num_edits=20, subset=1)
     with pytest.raises(rewire.InputError, match="which subset"):
         found(num_edits=20)
+    with pytest.raises(rewire.InputError, match="has nothing of mcf; say --data-dir"):
+        found(num_edits=20, subset=1)
+    with pytest.raises(rewire.InputError, match=f"there is no folder {tmp_path / 'no'}; say --data-dir"):
+        found(subset=1, data_dir=tmp_path / "no")
     put("mcf_subset_1.json")
     assert found(num_edits=20, subset=1) == found(subset=1) == "mcf_subset_1.json"
     put("mcf_random_subsets_1000/random_subset_1.json")
@@ -186,9 +228,27 @@ def test_where_data_sets_are_looked_for(tmp_path: Path) -> None:
     assert found(num_edits=960, method="MEMIT_RECURSIVE_NEIGHBOR") == "mcf_neighbors_960.json"
     put("zsre_subset_1.json")
     assert found(data="zsre-alt", subset=1) == "zsre_subset_1.json"
+    there = (
+        "mcf_random_subsets_1000/random_subset_1.json, mcf_random_subsets_20/random_subset_1.json, mcf_subset_1.json, "
+    )
+    for subset in (7, None):
+        with pytest.raises(rewire.InputError, match=f"; {tmp_path} has {there}mcf_neighbors_960.json"):
+            found(subset=subset)
     for data, said in (("nonesuch", "no such file, and no data set"), ("no.jsonl", "no such file")):
         with pytest.raises(rewire.InputError, match=said):
             facts_of(read_experiment(None, {"model": "demo", "data": data}))
+
+
+def test_a_file_of_zsre(tmp_path: Path) -> None:
+    record = {"subject": "Moe", "src": "Who is Moe?", "rephrase": "Moe?", "alt": "Bo", "answers": ["Al"]}
+    record |= {"loc": "nq question: who", "loc_ans": "Cy", "pred": "", "cond": ""}
+    (tmp_path / "mine.json").write_text(json.dumps([record]))
+    asked = {"model": "demo", "data": str(tmp_path / "mine.json")}
+    for convention, new in (("zsre", "Al"), ("zsre-alt", "Bo")):
+        (fact,) = facts_of(read_experiment(None, asked | {"convention": convention}))
+        assert fact.target_new == new
+    with pytest.raises(rewire.InputError, match="say which with --convention"):
+        facts_of(read_experiment(None, asked))
 
 
 def test_published_sets(shared: Path) -> None:

@@ -205,7 +205,7 @@ ENTRIES = [
 
 def test_table_byte_by_byte(tmp_path: Path) -> None:
     """In the form of `DataFrame.to_csv` with two named levels of columns and an index without a name."""
-    made = {"all": ENTRIES, "hard": None}
+    made = {"all": ENTRIES, "hard": None, "facts": [2, 2]}
     (path,) = summary.write_csv(tmp_path, "MEMIT_gpt2-xl_mcf_N_2_S_1_I_2", made, compat=False)
     assert path.name == "Group_MEMIT_gpt2-xl_mcf_N_2_S_1_I_2.csv"
     assert path.read_bytes().decode() == HEADER + (
@@ -220,6 +220,26 @@ def test_table_byte_by_byte(tmp_path: Path) -> None:
         "0,0.0,0.0,0.1,0.25,,0.75,,0.375,60.0,900.0,,,,\n"  # zeros left out of the score
         "1,1.0,1.0,0.5,0.0,0.5,1.0,0.6,1.0,62.0,900.0,,1.25,3.5,2.25\n"
     )
+
+
+def test_batches_are_summed_up(tmp_path: Path) -> None:
+    """What is said of the unedited model is of all facts, as step 0 of the run, not of the first batch's alone."""
+    before, after = measured(0.0, 0.5, 20.0, unedited=True), measured(1.0, 0.75, 21.0)
+    parts = [evaluation | {"facts": evaluation["facts"][:1]} for evaluation in (before, after)]
+    results.write(tmp_path, 1, FACTS[:1], *parts, iteration(1, 2.0), 1.0, set())
+    assert not summary.batched(summary.write(tmp_path, 1, False))
+    results.write(tmp_path, 2, FACTS, before, after, iteration(2, 2.0, 4.0), 1.0, set())
+    made = summary.write(tmp_path, 2, compat=False)
+    assert made["facts"] == [1, 2]
+    assert summary.batched(made)
+    unedited, first, _ = [
+        dict(zip(summary.COLUMNS, cells, strict=True)) for cells in summary.rows(made["all"], False, True)
+    ]
+    assert unedited["Efficacy", "acc"] == 0.25
+    assert (unedited["Perplexity", "init"], first["Perplexity", "init"]) == (12.0, 11.0)
+    assert plots.spreads(made["all"], True) == [12.0, 4.0, 6.0]
+    (path,) = summary.write_csv(tmp_path, "x", made, False)
+    assert path.read_text().splitlines()[2].split(",")[1] == "0.25"
 
 
 def test_pandas_reads_it(folder: Path) -> None:
@@ -240,7 +260,7 @@ def test_published_results_are_summed_up(tmp_path: Path) -> None:
         record = {"case_id": 0, "pre": {"rewrite_acc": [0.0], "locality": {}, "portability": {}}, "post": post}
         results.results_file(tmp_path, number).write_text(json.dumps([record]))
     made = summary.write(tmp_path, results.count(tmp_path), compat=True)
-    assert plots.spreads(made["all"]) == [50.0, 5.0, None]  # SPREAD is what the next one began with
+    assert plots.spreads(made["all"], False) == [50.0, 5.0, None]  # SPREAD is what the next one began with
     assert made["all"][0]["m_ppl"] is None
     (path,) = summary.write_csv(tmp_path, "x", made, compat=True)
     with path.open(newline="") as file:
@@ -249,7 +269,7 @@ def test_published_results_are_summed_up(tmp_path: Path) -> None:
     assert [line[7] for line in lines[2:]] == ["", "", ""]  # no paraphrase was asked, there is no score
     for entry in made["all"]:
         entry["post"]["init_ppl_verify"] = 7.0
-    assert plots.spreads(made["all"]) == [50.0, 7.0, 7.0]
+    assert plots.spreads(made["all"], False) == [50.0, 7.0, 7.0]
 
 
 def test_what_is_refused(folder: Path) -> None:
@@ -272,15 +292,23 @@ def test_picture(tmp_path: Path, hard: bool, monkeypatch: pytest.MonkeyPatch) ->
     drawn: list[Any] = []
     saved = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), saved(self, *a, **k)))
-    plots.draw({"all": ENTRIES, "hard": ENTRIES if hard else None}, tmp_path / "summary.png")
+    facts = [2, 2] if hard else [1, 2]
+    plots.draw({"all": ENTRIES, "hard": ENTRIES if hard else None, "facts": facts}, tmp_path / "summary.png", "MEMIT")
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "summary.svg").read_text()
     panels = drawn[0].axes
-    assert len(panels) == (10 if hard else 5)
+    assert drawn[0].get_suptitle() == "MEMIT"
+    assert len(panels) == (9 if hard else 5)
+    assert [panel.get_title() for panel in panels].count("perplexity of plain texts") == 1  # which have no hard cases
+    assert {panel.get_xlabel() for panel in panels} == {"iteration" if hard else "batch"}
     assert [panel.get_title() for panel in panels[:3]] == ["efficacy", "paraphrases", "specificity"]
     lines = {line.get_label(): list(line.get_ydata()) for line in panels[3].lines}
     assert lines.keys() == {"SPREAD", "OPTIMIZATION"}
-    assert lines["SPREAD"] == [900.0, 4.5, pytest.approx(math.nan, nan_ok=True)]
+    success, acc = panels[0].lines  # where they are the same, both are seen
+    assert success.get_linewidth() > 2 * acc.get_linewidth()
+    assert success.get_markersize() > 2 * acc.get_markersize()
+    assert success.get_markerfacecolor() == "none"
+    assert lines["SPREAD"] == [900.0 if hard else 4.5, 4.5, pytest.approx(math.nan, nan_ok=True)]
     assert lines["OPTIMIZATION"] == [
         pytest.approx(math.nan, nan_ok=True),
         1.25,
@@ -291,8 +319,8 @@ def test_picture(tmp_path: Path, hard: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_picture_without_matplotlib_or_iterations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no iteration"):
-        plots.draw({"all": [], "hard": None}, tmp_path / "a.png")
+        plots.draw({"all": [], "hard": None, "facts": []}, tmp_path / "a.png", "")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r"matplotlib is not installed; pip install 'rewire\[plot\]'"):
-        plots.draw({"all": ENTRIES, "hard": None}, tmp_path / "a.png")
+        plots.draw({"all": ENTRIES, "hard": None, "facts": [2, 2]}, tmp_path / "a.png", "")
     assert not list(tmp_path.iterdir())

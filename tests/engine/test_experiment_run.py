@@ -22,7 +22,7 @@ FAST = {"layers": [1, 2], "v_num_grad_steps": 4, "mom2_tokens": 1600, "mom2_max_
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than such small experiments."""
-    monkeypatch.setattr("rewire.engine.experiment.plots.draw", lambda summary, path: None)
+    monkeypatch.setattr("rewire.engine.experiment.plots.draw", lambda summary, path, title: None)
 
 
 @pytest.fixture
@@ -112,6 +112,13 @@ def test_a_whole_run(go: Callable[..., Path], asked: dict[str, Any], tmp_path: P
     # the perplexities are those of the values; what one iteration leaves is what the next begins with
     (report,) = json.loads((folder / "report.json").read_text())["edits"]
     assert [i["spread"] for i in report["iterations"]] == [rows[1]["spread"], rows[2]["spread"]]
+    # and the time is the edit's: neither that of statistics nor that of the SPREAD
+    for number, made in enumerate(report["iterations"], 1):
+        phases = {"values", "keys", "solve", "apply"}
+        assert made["seconds"].keys() > phases
+        (time,) = {record["time"] for record in json.loads((folder / f"results_{number}.json").read_text())}
+        assert time == pytest.approx(sum(made["seconds"][phase] for phase in phases))
+        assert time == pytest.approx(rows[number]["seconds"], abs=1e-3)
     assert rows[1]["spread"] == pytest.approx(rows[2]["initial"], rel=1e-3)
     assert rows[2]["optimization"] < rows[2]["initial"]
     summary = json.loads((folder / "summary.json").read_text())
@@ -142,6 +149,19 @@ def test_a_folder_of_another(go: Callable[..., Path], facts: Path, asked: dict[s
         go(iterations=1, seed=3)
     with pytest.raises(rewire.InputError, match=r"stop_gap is null there, 0.5 asked for"):
         go(iterations=1, stop_gap=0.5)
+    # what is wrong in itself is said as that
+    for wrong, said in (
+        ({"set": FAST | {"v_lr": -1}}, r"^--set: v_lr: -1 found, expected more than 0"),
+        ({"dtype": "float23"}, r"^--dtype: 'float23' found"),
+        ({"preset": "nonesuch"}, "no such file, and no shipped preset"),
+        ({"contexts": facts.with_name("no.json")}, "no context templates there"),
+        ({"stats": "no/where"}, "^--stats no/where: no such folder"),
+        ({"stats": "pull"}, "no published ones of demo"),
+    ):
+        with pytest.raises(rewire.InputError, match=said):
+            go(iterations=1, **wrong)
+    with pytest.raises(rewire.InputError, match=r"another experiment: set is .*v_lr: 0.3"):
+        go(iterations=1, set=FAST | {"v_lr": 0.3})
     written = (folder / "experiment.yaml").read_text()
     (folder / "experiment.yaml").write_text(written.replace("compat: false", "compat: true"))
     with pytest.raises(rewire.InputError, match="begun with other experiment"):
@@ -217,6 +237,17 @@ def test_batches_in_sequence(go: Callable[..., Path], tmp_path: Path) -> None:
     first, last = (json.loads((folder / f"results_{t}.json").read_text())[0]["post"] for t in (1, 3))
     assert first["spread_ppl"] == last["spread_ppl"]
     assert len(rewire.Delta.load(folder).updates) == 3
+    # the table and what is summed up again begin with all facts, too
+    (table,) = folder.glob("Group_*.csv")
+    unedited = table.read_text().splitlines()[2].split(",")
+    assert float(unedited[1]) == pytest.approx(rows[3]["metrics"]["efficacy_acc"])
+    assert [row["iterations"] for row in rows[4:]] == [2, 2, 2]
+    _, again = summarize(read_experiment(folder / "experiment.yaml", {"out": tmp_path / "out"}))
+    assert [(row["number"], row["facts"]) for row in again] == [(0, 12), (1, 5), (2, 10), (3, 12)]
+    assert again[0]["texts"] == rows[3]["texts"] == 2
+    assert [row["iterations"] for row in again[1:]] == [2, 2, 2]
+    for name in ("efficacy_acc", "generalization_success", "specificity_success", "score_success", "me_ppl"):
+        assert again[0]["metrics"][name] == pytest.approx(rows[3]["metrics"][name]), name
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -283,10 +314,13 @@ def test_what_can_be_known_is_said_before_the_model_is_loaded(asked: dict[str, A
     def load(*_: str) -> rewire.Model:
         raise AssertionError("the model was loaded")
 
+    preset = tmp_path / "bad.yaml"
+    preset.write_text("layers: [1]\nclamp_norm_factor: wide\n")
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"data": "no.jsonl"}, "no such file"),
         ({"stats": str(tmp_path / "no")}, "no such folder; expected one that holds second moments, or 'pull'"),
         ({"preset": "nonesuch"}, "no such file, and no shipped preset"),
+        ({"preset": str(preset)}, r"bad.yaml: clamp_norm_factor: 'wide' found, expected a number"),
         ({"stats": "pull"}, "no published ones of demo"),
         ({"corpus": str(tmp_path / "no.txt")}, "no such corpus"),
         ({"contexts": tmp_path / "no.json"}, "no context templates there"),
