@@ -165,8 +165,11 @@ def bars(best: Mapping[str, float | None] | None = None, shown: bool = True) -> 
 
 
 def console() -> Console:
-    """A wide one where nobody's terminal sets the width: tables are not cut then."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    """A wide one where neither a terminal nor COLUMNS sets the width: tables are not cut then."""
+    asked = os.environ.get("COLUMNS", "")
+    if sys.stdout.isatty():
+        return Console()
+    return Console(width=int(asked) if asked.isdecimal() and int(asked) else 200)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -79,7 +79,8 @@ def neighbors(
     shown = ", ".join(f"{count}: {facts}" for count, facts in found.histogram.items())
     print(f"facts by held-out neighbours: {shown}; mean {found.mean:.2f}")
     if found.subjects_again:
-        print(f"{found.subjects_again} with the subject of the edit's neighbour in a held-out prompt, too")
+        again = common.count(found.subjects_again, "fact")
+        print(f"{again} kept with the subject of the edit's neighbour in a held-out prompt, too")
     if found.not_counted:
         print(
             f"{common.count(found.not_counted, 'held-out prompt')} that another fact's edit is told: not counted where "

@@ -1,5 +1,6 @@
 """`rewire plan`: memory and time of an edit, before anything is loaded."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ def plan(
     method: common.MethodName = "memit",
     preset: common.Preset = None,
     settings: common.Settings = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Passes of the edit; statistics are collected once.")] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="Of the statistics; default: the preset's.")] = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
@@ -48,7 +50,8 @@ def plan(
     found = outline(model, dtype, quantize, device)
     hparams, source = load_hparams(kind, method, found.name, found.anatomy, preset, parse_overrides(settings or []))
     rates = quick(found.device, rated_dtypes(found))
-    made = plan(found, hparams, method, texts, lambda cost, dtype: rates.floor(cost, dtype, found.device), tokens)
+    floor = partial(rates.floor, device=found.device)
+    made = plan(found, hparams, method, texts, floor, tokens, iterations)
     report = made.report() | {
         "model": found.name,
         "device": str(found.device),
@@ -78,6 +81,8 @@ def _show(report: dict[str, Any]) -> None:
     sums = report["accumulators"]
     print(f"running sums of the statistics: float32 on the {sums['float32']}, float64 on the {sums['float64']}")
     print(f"seconds are floors at rates measured just now, in about half a second: {_rates(report['rates'])}")
+    passes = "one pass" if report["iterations"] == 1 else f"{report['iterations']} passes"
+    print(f"all of it for {passes} without neighbours; evaluation is not in it")
     print("it fits" if report["fits"] else "it does not fit; what helps:")
     for line in report["advice"]:
         print(f"  {line}")

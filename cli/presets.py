@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from ..kernels.errors import InputError
 from . import common
 
 if TYPE_CHECKING:
     from ..engine.presets import Preset
+
+LONG = 20  # characters: a longer value that all sources have takes no column
 
 
 def presets(
@@ -85,7 +88,13 @@ def _print_conflicts(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> No
 
 
 def _print_list(found: Mapping[str, Sequence["Preset"]]) -> None:
-    table = Table("method", "preset", "default", "layers", "sources with these values")
+    table = Table(
+        "method",
+        Column("preset", no_wrap=True),
+        "default",
+        "layers",
+        Column("sources with these values", overflow="fold"),
+    )
     for method, presets in found.items():
         for preset in presets:
             sources = ", ".join(name or text for name, text in preset.sources.items())
@@ -96,17 +105,25 @@ def _print_list(found: Mapping[str, Sequence["Preset"]]) -> None:
 
 
 def _print_values(presets: Sequence["Preset"], differing: set[str]) -> None:
-    """One column a file; the keys in which they differ have a star."""
+    """One column a file; the keys in which they differ have a star; long values that all have stand below."""
     heads = ["\n".join([*preset.short, *(["(default)"] if preset.default else [])]) for preset in presets]
-    table = Table("", *map(escape, heads), title=escape(presets[0].model), title_justify="left")
+    columns = (Column(escape(head), overflow="fold") for head in heads)
+    table = Table(Column(no_wrap=True), *columns, title=escape(presets[0].model), title_justify="left")
     keys = list(dict.fromkeys(key for preset in presets for key in preset.values))
+    below = []
     for key in keys:
-        cells = [escape(str(preset.values.get(key, "-"))) for preset in presets]
-        table.add_row(f"* {key}" if key in differing else f"  {key}", *cells)
-    common.console().print(table)
+        texts = [str(preset.values.get(key, "-")) for preset in presets]
+        if len(texts) > 1 and len(set(texts)) == 1 and len(texts[0]) > LONG:
+            below.append(f"{key}, of all: {texts[0]}")
+        else:
+            table.add_row(f"* {key}" if key in differing else f"  {key}", *map(escape, texts))
+    console = common.console()
+    console.print(table)
+    for line in below:
+        print(line)
     for preset in presets:
         for name, text in preset.sources.items():
-            print(f"{name or 'ours'}: {text}")
+            console.print(Text(f"{name or 'ours'}: {text}"))
     if differing:
         print("*: these differ between the sources")
     if any(key not in preset.values for key in keys for preset in presets):

@@ -46,7 +46,7 @@ class Eligible:
 
     @property
     def subjects_again(self) -> int:
-        """Facts whose edit-time neighbour's subject is in a held-out prompt, too, with another question."""
+        """Facts whose edit-time neighbour's subject is in a held-out prompt, too, with another question; they stay."""
         return sum(any(fact.edit_neighbors[0].subject in prompt for prompt in fact.neighbors) for fact in self.facts)
 
     @property

@@ -32,9 +32,11 @@ from ..stats import cache_root
 from ..stats.collect import default_tokens
 from ..stats.memory import free_bytes, place_for
 from ..stats.moments import STRIP
+from .anatomy import widths
 from .facts import Fact
 from .hparams import Hparams
 from .keys import kept_bytes
+from .objective import ATTENTION, MLP
 from .outline import Outline, model_shape
 from .passes import CPU_TOKENS, GPU_TOKENS, MEMORY_SHARE, forward_bytes
 from .statistics import Floor
@@ -43,6 +45,7 @@ from .value_groups import fact_bytes, size_within, token_bytes
 DOCUMENT = 440  # tokens of a document: the mean of the English Wikipedia's
 CHARACTERS = 4  # of a token
 IN_TURN = ("rome", "r-rome")  # one fact after the other
+NOTHING = Cost(0, 0)
 PLACES = ("device", "cpu", "disk")
 SMALLER = (  # what a user may ask for, if it is less
     ("--dtype bfloat16", torch.bfloat16, None),
@@ -95,6 +98,7 @@ class Phase:
 @dataclass(frozen=True)
 class Plan:
     """phases: in order; the weights of the first stay during all others
+    iterations: passes that they are for, without neighbours
     tokens: that statistics are collected over
     chunks, sums: where their running float32 and float64 sums will live: "device", "cpu" or "disk"
     need: the most bytes that are held at once, by place; free: what is free now
@@ -102,6 +106,7 @@ class Plan:
     """
 
     phases: tuple[Phase, ...]
+    iterations: int
     tokens: int
     chunks: str
     sums: str
@@ -122,6 +127,7 @@ class Plan:
             for phase in self.phases
         ]
         return {
+            "iterations": self.iterations,
             "tokens": self.tokens,
             "phases": phases,
             "seconds": sum(phase.seconds or 0.0 for phase in self.phases),
@@ -138,12 +144,21 @@ def rated_dtypes(model: Outline) -> list[torch.dtype]:
     return list(dict.fromkeys((model.dtype, torch.float32, fast_dtype(model.device))))
 
 
-def plan(model: Outline, hparams: Hparams, method: str, texts: Texts, floor: Floor, tokens: int | None = None) -> Plan:
-    """What editing those facts takes, statistics included; evaluation is not in it.
+def plan(
+    model: Outline,
+    hparams: Hparams,
+    method: str,
+    texts: Texts,
+    floor: Floor,
+    tokens: int | None = None,
+    iterations: int = 1,
+) -> Plan:
+    """What editing those facts takes, statistics included; neighbours and evaluation are not in it.
 
-    method: its name; tokens: of the statistics, None: what the hyper-parameters say
+    method: its name; tokens: of the statistics, None: what the hyper-parameters say; iterations: passes of the edit
     """
-    layers = dict.fromkeys((model.anatomy.layer_name(layer) for layer in hparams.layers), model.anatomy.d_in)
+    parts = _written(model, hparams)
+    layers = {model.anatomy.layer_name(layer, part): d for layer in hparams.layers for part, d in parts.items()}
     length = min(DOCUMENT, hparams.mom2_max_length, model.max_length)
     tokens = tokens or min(hparams.mom2_tokens or default_tokens(layers), hparams.mom2_n_samples * length)
     free = {
@@ -155,7 +170,8 @@ def plan(model: Outline, hparams: Hparams, method: str, texts: Texts, floor: Flo
     own = "cpu" if model.device.type == "cpu" else "device"
     left = max(0, free[own] - weights)
     sums = place_for(layers, model.device, left, left if own == "cpu" else free["cpu"])
-    work = _Work(model, model_shape(model), hparams, method, texts, floor, weights, left)
+    sides = tuple(parts.values())
+    work = _Work(model, model_shape(model), hparams, method, texts, floor, weights, left, sides, iterations)
     phases = [work.load(), *([work.statistics(tokens, length, sums)] if work.reads_moments else [])]
     if not model.quantize:  # which can be read, but not edited
         phases += [work.values(), work.keys(), work.solve(), work.apply()]
@@ -169,7 +185,15 @@ def plan(model: Outline, hparams: Hparams, method: str, texts: Texts, floor: Flo
         "disk": sum(phase.disk for phase in phases),
     }
     sums = own if sums == "device" else sums
-    return Plan(tuple(phases), tokens, own, sums, need, free, tuple(_advice(model, need, free)))
+    return Plan(tuple(phases), iterations, tokens, own, sums, need, free, tuple(_advice(model, need, free)))
+
+
+def _written(model: Outline, hparams: Hparams) -> dict[str, int]:
+    """Which projections of a layer are written -> their d_in: the MLP's, and PMET's by their published names."""
+    named = getattr(hparams, "rewrite_module_tmps", None) or ()
+    parts = [part for part in (MLP, ATTENTION) if part == MLP or model.anatomy.attention]
+    chosen = [part for part in parts if model.anatomy.layer_name(0, part).replace(".0.", ".{}.", 1) in named]
+    return {part: widths(model.projection(0, part))[0] for part in chosen or [MLP]}
 
 
 @dataclass(frozen=True)
@@ -184,6 +208,8 @@ class _Work:
     floor: Floor
     weights: int  # bytes
     left: int  # bytes where the model lies, once the weights are there
+    sides: tuple[int, ...]  # d_in of what is written of a layer
+    passes: int  # of the edit
 
     @property
     def room(self) -> int:
@@ -195,8 +221,9 @@ class _Work:
         return self.model.dtype.itemsize
 
     @property
-    def d(self) -> int:
-        return self.shape.d_in
+    def written(self) -> list[int]:
+        """d_in of each weight that is written."""
+        return [d for _ in self.hparams.layers for d in self.sides]
 
     @property
     def reads_moments(self) -> bool:
@@ -211,7 +238,7 @@ class _Work:
     @property
     def moments(self) -> int:
         """C of all layers in float32, which an edit keeps on the CPU."""
-        return 4 * self.d**2 * len(self.hparams.layers) * self.reads_moments
+        return 4 * sum(d * d for d in self.written) * self.reads_moments
 
     @property
     def z_layer(self) -> int:
@@ -226,26 +253,26 @@ class _Work:
     def load(self) -> Phase:
         stored = self.model.quantize or str(self.model.dtype).removeprefix("torch.")
         count = sum(parameter.numel() for parameter in self.model.hf.parameters())
-        cpu = (
-            0 if self.model.device.type == "cpu" or self.model.quantize else self.weights
-        )  # quantised while it is read
+        # quantised while it is read
+        cpu = 0 if self.model.device.type == "cpu" or self.model.quantize else self.weights
         return Phase("model", self.weights, cpu, 0, None, f"{count / 1e6:,.0f} M parameters in {stored}")
 
     def statistics(self, tokens: int, length: int, place: str) -> Phase:
-        d, L, model = self.d, len(self.hparams.layers), self.model
+        model, written, widest = self.model, self.written, max(self.sides)
         # strips of the triangle, each as wide as its last row
-        sums = 8 * sum(min(STRIP, d - start) * min(start + STRIP, d) for start in range(0, d, STRIP))
-        held = {"device": 4 * d * d * L, "cpu": 4 * d * d, "disk": 4 * d * d}  # chunks: elsewhere all layers share one
-        device = held[place] + sums * L * (place == "device") + self.forward(tokens)
+        sums = 8 * sum(min(STRIP, d - start) * min(start + STRIP, d) for d in written for start in range(0, d, STRIP))
+        # chunks: elsewhere all layers share one
+        held = {"device": 4 * sum(d * d for d in written), "cpu": 4 * widest**2, "disk": 4 * widest**2}
+        device = held[place] + sums * (place == "device") + self.forward(tokens)
         # each layer's sums become a packed triangle, and then its mean
-        cpu = sums * L * (place == "cpu") + self.moments + 3 * 4 * d * d
-        disk = 2 * self.moments + sums * L * (place == "disk")  # the result and a checkpoint
+        cpu = sums * (place == "cpu") + self.moments + 3 * 4 * widest**2
+        disk = 2 * self.moments + sums * (place == "disk")  # the result and a checkpoint
         lengths = [length] * max(1, tokens // length)
-        widths = [d] * L
-        cost = statistics_cost(self.shape, up_to_projection(self.shape, self.z_layer), widths, lengths, self.itemsize)
+        cost = statistics_cost(self.shape, up_to_projection(self.shape, self.z_layer), written, lengths, self.itemsize)
         # on a CPU keys are multiplied in float32, on a GPU in their own dtype
         keys = torch.float32 if model.device.type == "cpu" else model.dtype
-        what = f"{tokens:,} tokens, in documents of {length}; C of {L} layers, width {d}"
+        what = f"{tokens:,} tokens, in documents of {length}; C of {_count(len(self.hparams.layers), 'layer')}, "
+        what += f"width {' and '.join(map(str, self.sides))}"
         seconds = _sum(self.floor(cost.forward, model.dtype), self.floor(cost.gram, keys))
         return Phase("statistics", device, cpu, disk, seconds, what)
 
@@ -261,8 +288,9 @@ class _Work:
         behind, passes = texts.behind + texts.target - 1, (steps, steps - 1)
         each = [ValueRow(until + behind, until - 1, texts.target, *passes) for until in self._subjects()]
         each.append(ValueRow(texts.subject, texts.subject - 1, 0, *passes))
-        cost = value_cost(shape, self.z_layer, each, self.itemsize)
-        cost = Cost(n * cost.flops, cost.bytes)  # the weights once a pass, were all facts in one batch
+        one = value_cost(shape, self.z_layer, each, self.itemsize)
+        # the weights once a forward or backward, were all facts in one batch
+        cost = Cost(self.passes * n * one.flops, self.passes * one.bytes)
         config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
         longest = texts.longest + max(self.contexts, default=0)
         fact = fact_bytes(model.anatomy, config, self.z_layer, len(self.contexts) + 2, longest, self.itemsize)
@@ -270,54 +298,77 @@ class _Work:
         size = size_within(self.room, model.device, fact, token)
         flying = 1 if self.method in IN_TURN else min(n, size.facts)
         group = min(rows * longest, size.tokens)
-        device = flying * fact + group * token + 8 * n * shape.d_model
-        disk = 8 * n * shape.d_model  # Z and what was there, kept
+        kept = 8 * n * shape.d_model * (2 if self.method == "pmet" else 1)  # Z and what was there, of each variable
+        device = flying * fact + group * token + kept
         tokens = sum(row.length for row in each)
-        what = f"{n:,} facts, {flying} at once, {tokens} tokens each, up to {steps} steps"
-        return Phase("values", device, self.moments, disk, self.floor(cost, model.dtype), what)
+        what = f"{_count(n, 'fact')}, {flying} at once, {tokens} tokens each, up to {_count(steps, 'step')}"
+        return Phase("values", device, self.moments, self.passes * kept, self.floor(cost, model.dtype), what)
 
     def keys(self) -> Phase:
         """Of each layer, measured with the lower ones updated, and each time what is left to do at the z-layer."""
         texts, model = self.texts, self.model
         plain, *contexts = self._subjects()
-        cost = keys_cost(self.shape, self.hparams.layers, [plain], contexts, self.itemsize)
-        cost = Cost(texts.facts * cost.flops, cost.bytes)
+        one = keys_cost(self.shape, self.hparams.layers, [plain], contexts, self.itemsize)
         rows = texts.facts * (plain + sum(contexts))
-        parted = rows * (self.d + self.shape.d_model) * self.itemsize if len(self.hparams.layers) > 1 else 0
+        parted = rows * (self.shape.d_in + self.shape.d_model) * self.itemsize if len(self.hparams.layers) > 1 else 0
         kept = min(parted, kept_bytes(model.device, self.left))
-        device = self.forward(rows) + kept + 4 * texts.facts * (self.d + 2 * self.shape.d_model)
-        what = f"{texts.facts:,} keys of each layer"
+        found = sum(self.sides) + 2 * len(self.sides) * self.shape.d_model  # K, H and R
+        device = self.forward(rows) + kept + 4 * texts.facts * found
+        what = f"{_count(texts.facts, 'key')} of each {'layer' if len(self.sides) == 1 else 'weight'}"
+        cost = Cost(self.passes * texts.facts * one.flops, self.passes * one.bytes)
         return Phase("keys", device, self.moments, 0, self.floor(cost, model.dtype), what)
 
     def solve(self) -> Phase:
-        d, n, L = self.d, self.texts.facts, len(self.hparams.layers)
+        n, fast = self.texts.facts, fast_dtype(self.model.device)
         if not self.reads_moments:
-            return Phase("solve", 8 * n * d, 0, 0, 0.0, "the keys themselves")
+            return Phase("solve", 8 * n * self.shape.d_in, 0, 0, 0.0, "the keys themselves")
+        names, made, costs, device, disk = zip(*map(self._solve, self.written), strict=True)
+        seconds = self.floor(sum((*made, *(_times(self.passes, each) for each in costs)), NOTHING), fast)
+        kept = sum(8 * d * d for d, of in zip(self.written, disk, strict=True) if of)  # while memory is plentiful
+        what = f"{' or '.join(dict.fromkeys(names))}, {_count(n, 'right-hand side')}, a weight"
+        return Phase("solve", max(device), self.moments + kept, sum(disk), seconds, what)
+
+    def _solve(self, d: int) -> tuple[str, Cost, Cost, int, int]:
+        """Of one weight: by what, what is made of C once, a pass' solve; bytes on the device, and on the disk."""
+        n = self.texts.facts
         if self.method == "alphaedit":
             # at most half of the directions: the smaller of null space and complement is kept
-            cost, name = eigenbasis_cost(d) + push_through_cost(d, d // 2, n), "eigenvectors"
-            device, disk = 36 * d * d + 8 * (4 * n * d + 2 * n * n), 8 * d * d  # C, its copy, vectors, LAPACK's room
-        elif 4 * n < d:
-            cost, name = factor_cost(d) + woodbury_cost(d, n), "Cholesky factor of C"
-            device, disk = 20 * d * d + 8 * (5 * n * d + 2 * n * n), 4 * d * d  # C, the factor and what it is made of
+            device = 36 * d * d + 8 * (4 * n * d + 2 * n * n)  # C, its copy, vectors, LAPACK's room
+            return "eigenvectors", eigenbasis_cost(d), push_through_cost(d, d // 2, n), device, 8 * d * d
+        by, made, disk = "Cholesky factor of C", factor_cost(d), 4 * d * d
+        device = 20 * d * d + 8 * 3 * n * d  # C, the factor or the system, and what that is made of
+        if self.method in IN_TURN:  # of each key by itself, however many there are
+            cost = Cost(2 * n * d * d, 8 * (2 * d * d + 2 * n * d))
+        elif (n if self.method == "memit-history" else 4 * n) < d:
+            cost, device = woodbury_cost(d, n), device + 8 * (2 * n * d + 2 * n * n)
         else:
-            cost, name = dense_solve_cost(d, n), "dense system"
-            device, disk = 20 * d * d + 8 * 3 * n * d, 0
-        seconds = self.floor(Cost(cost.flops * L, cost.bytes * L), fast_dtype(self.model.device))
-        kept = 8 * d * d * L if disk else 0  # while memory is plentiful
-        return Phase(
-            "solve", device, self.moments + kept, disk * L, seconds, f"{name}, {n:,} right-hand sides, a layer"
-        )
+            by, cost = "dense system", dense_solve_cost(d, n)
+            if self.method == "memit-history":  # of keys that the factor whitened
+                device += 8 * d * d
+            else:
+                made, disk = NOTHING, 0
+        return by, made, cost, device, disk
 
     def apply(self) -> Phase:
-        d, d_out, n, L = self.d, self.shape.d_model, self.texts.facts, len(self.hparams.layers)
-        weight = d * d_out
-        cost = requantize_add_cost(d_out, d, n, self.itemsize)
-        factors = 4 * min(n * (d + d_out), weight)
+        d_out, n, item, written = self.shape.d_model, self.texts.facts, self.itemsize, self.written
+        costs = [requantize_add_cost(d_out, d, n, item) for d in written]
+        if self.method in IN_TURN:  # rank one, and the whole weight each time; of several once more, by their sum
+            costs = [_times(n, requantize_add_cost(d_out, d, 1, item)) for d in written] + (costs if n > 1 else [])
+        seconds = self.floor(_times(self.passes, sum(costs, NOTHING)), torch.float32)
+        factors = sum(4 * min(self.passes * n * (d + d_out), d * d_out) for d in written)
         # the original and the sum in float32 stay; one update is dense for a moment
-        device = L * (weight * (self.itemsize + 4) + factors) + 8 * weight
-        seconds = self.floor(Cost(cost.flops * L, cost.bytes * L), torch.float32)
-        return Phase("apply", device, self.moments, factors * L, seconds, f"{L} weights of {d_out} x {d}")
+        device = sum(d * d_out for d in written) * (item + 4) + factors + 8 * max(written) * d_out
+        what = f"{_count(len(written), 'weight')} of {' and '.join(f'{d_out} x {d}' for d in self.sides)}"
+        often = f", {_count(n, 'time')}" if self.method in IN_TURN else ""
+        return Phase("apply", device, self.moments, factors, seconds, what + often)
+
+
+def _times(often: int, cost: Cost) -> Cost:
+    return Cost(often * cost.flops, often * cost.bytes)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)
 
 
 def _sum(*seconds: float | None) -> float | None:

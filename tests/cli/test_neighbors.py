@@ -8,7 +8,7 @@ import pytest
 
 import rewire
 from commands import FACTS, Command, complaint
-from rewire.engine.neighbors import choose
+from rewire.engine.neighbors import Eligible, choose
 
 
 @pytest.fixture
@@ -64,6 +64,15 @@ def test_json_and_both_forms(run: Command, data: Path, tmp_path: Path, demo: rew
     assert shown.out.endswith(f"written to {flat}\n")
     assert json.loads(flat.read_text())[0]["neighborhood_samples"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eligible.json", "mcf.json", "new"]
+
+
+def test_subjects_that_come_again_are_counted_as_facts(
+    run: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count, said in ((17, "17 facts kept with the subject"), (1, "1 fact kept with the subject")):
+        monkeypatch.setattr(Eligible, "subjects_again", property(lambda found: count))  # noqa: B023
+        shown = run("neighbors", "demo", data, "--out", tmp_path / f"{count}.jsonl", "--limit", 3)
+        assert f"\n{said} of the edit's neighbour in a held-out prompt, too\n" in shown.out
 
 
 def test_what_is_wrong(run: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

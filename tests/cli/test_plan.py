@@ -11,6 +11,7 @@ from rewire.bench.ceilings import Ceilings
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # tables as wide as they are
     own = ceilings.quick
     monkeypatch.setattr(ceilings, "quick", lambda device, dtypes: own(device, dtypes, seconds=0.01))
 
@@ -43,6 +44,15 @@ def test_table(run: Command) -> None:
     for said in ("7 facts", "eigenvectors", "needed at once", "float64 on the cpu", "about half a second", "it fits"):
         assert said in shown.out, said
     assert "device" not in shown.out.replace("--device", "")  # all of it is on the CPU
+    assert "all of it for one pass without neighbours; evaluation is not in it" in shown.out
+
+
+def test_iterations(run: Command) -> None:
+    done = run("plan", "demo", "--facts", 7, "--iterations", 3, "--device", "cpu", "--json")
+    assert done.json["iterations"] == 3
+    shown = run("plan", "demo", "--facts", 7, "--iterations", 3, "--device", "cpu")
+    assert "all of it for 3 passes without neighbours" in shown.out
+    assert "--iterations" in complaint(run("plan", "demo", "--iterations", 0))
 
 
 def test_what_does_not_fit_is_said(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:

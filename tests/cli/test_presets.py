@@ -2,7 +2,14 @@
 
 import re
 
+import pytest
+
 from commands import Command, complaint
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def test_the_list_has_the_default_of_each_model(run: Command) -> None:
@@ -25,6 +32,26 @@ def test_one_models_values_stand_side_by_side(run: Command) -> None:
     assert "easyedit: zjunlp/EasyEdit, hparams/AlphaEdit/llama3-8b.yaml" in shown
     assert "-: not given" not in shown
     assert "-: not given" in run("presets", "memit", "llama-3-8b").out  # EAMET's
+
+
+def test_names_are_whole_in_80_columns(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("presets", "memit", "llama-3-8b").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert ["* mom2_update_weight", "15000", "15000", "1000", "15000"] in rows
+    assert ["v_num_grad_steps", "25", "25", "25", "25"] in rows
+    assert [row[0] for row in rows if row[0].endswith("rewrite_module_tmp")] == []
+    assert "rewrite_module_tmp, of all: model.layers.{}.mlp.down_proj" in lines
+    said = " ".join(line.strip() for line in lines)
+    assert "underedit: UnderEdit/OverEdit release (arXiv 2503.11895), MEMIT_RECURSIVE for llama3-8b alphaedit: " in said
+    one = run("presets", "memit", "gpt2-xl").out  # alone, all values stand in the table
+    assert re.search(r"│   rewrite_module_tmp +│ transformer\.h\.\{\}\.mlp\.c_proj +│", one)
+    listed = run("presets", "memit").out
+    assert "baichuan-7b@easyedit" in listed
+    assert "…" not in listed
+    monkeypatch.setenv("COLUMNS", "60")
+    assert "…" not in run("presets", "memit", "llama-3-8b").out
 
 
 def test_conflicts_say_who_says_what(run: Command) -> None:

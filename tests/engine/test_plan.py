@@ -16,12 +16,14 @@ from rewire.engine import plan as room
 from rewire.engine.editors.registry import find_method
 from rewire.engine.hparams import Hparams, load_hparams
 from rewire.engine.model import demo_file
+from rewire.engine.objective import ATTENTION, MLP
 from rewire.engine.outline import Outline, model_shape, outline
 from rewire.engine.passes import frozen, sample_contexts
 from rewire.engine.plan import Plan, Texts
+from rewire.engine.statistics import Floor
 from rewire.engine.values import optimise_values
 from rewire.kernels.errors import InputError
-from rewire.kernels.floors import Cost
+from rewire.kernels.floors import Cost, factor_cost, push_through_cost, requantize_add_cost, woodbury_cost
 from rewire.stats import memory, read_corpus
 
 
@@ -29,9 +31,17 @@ def flops(cost: Cost, dtype: torch.dtype) -> float:
     return float(cost.flops)
 
 
-def made(model: Outline, method: str = "memit", facts: int = 100, tokens: int | None = None, **changes: Any) -> Plan:
+def made(
+    model: Outline,
+    method: str = "memit",
+    facts: int = 100,
+    tokens: int | None = None,
+    iterations: int = 1,
+    floor: Floor = flops,
+    **changes: Any,
+) -> Plan:
     hparams, _ = load_hparams(find_method(method).hparams, method, model.name, model.anatomy, None, changes)
-    return room.plan(model, hparams, method, Texts(facts), flops, tokens)
+    return room.plan(model, hparams, method, Texts(facts), floor, tokens, iterations)
 
 
 def phase(plan: Plan, name: str) -> room.Phase:
@@ -220,6 +230,82 @@ def test_more_facts_and_tokens_take_longer() -> None:
     assert room.plan(
         model, Hparams(layers=(1,), mom2_n_samples=5, mom2_max_length=64), "memit", Texts(1), flops
     ).tokens == 5 * 64  # fmt: skip
+
+
+def test_rome_solves_and_writes_by_the_fact() -> None:
+    model = outline("demo", device="cpu")
+    d, d_out = 736, 192
+    for facts in (1, 500):  # of more keys than a quarter of the width MEMIT makes one system
+        plan = made(model, "rome", facts, layers=[2], mom2_adjustment=True)
+        assert phase(plan, "solve").what.startswith("Cholesky factor of C")
+        assert phase(plan, "solve").seconds == factor_cost(d).flops + 2 * facts * d * d
+        assert phase(plan, "solve").disk == 4 * d * d
+    assert "dense system" in phase(made(model, facts=500), "solve").what
+
+    def moved(cost: Cost, dtype: torch.dtype) -> float:
+        return float(cost.bytes)
+
+    one = requantize_add_cost(d_out, d, 1, 4).bytes
+    assert phase(made(model, "r-rome", 1, floor=moved, layers=[2]), "apply").seconds == one
+    whole = requantize_add_cost(d_out, d, 500, 4).bytes  # what all facts' parts are settled as
+    assert phase(made(model, "r-rome", 500, floor=moved, layers=[2]), "apply").seconds == 500 * one + whole
+    assert phase(made(model, facts=500, floor=moved, layers=[2]), "apply").seconds == whole
+
+
+def test_history_solves_by_the_factor_and_keys() -> None:
+    model, d = outline("demo", device="cpu"), 736
+    solve = phase(made(model, "memit-history", 500, layers=[1, 2]), "solve")
+    assert solve.what == "Cholesky factor of C, 500 right-hand sides, a weight"
+    assert solve.seconds == 2 * (factor_cost(d) + woodbury_cost(d, 500)).flops
+    assert "dense system" in phase(made(model, "memit-history", 800), "solve").what
+
+
+def test_pmet_has_two_variables_and_writes_what_is_named(chip: Callable[..., None]) -> None:
+    chip(0, 100 * GIB)
+    model = outline("demo", device="cpu")
+    values = {name: phase(made(model, name), "values") for name in ("memit", "pmet")}
+    assert values["pmet"].disk == 2 * values["memit"].disk == 16 * 100 * 192
+    assert values["pmet"].cpu - values["memit"].cpu == 8 * 100 * 192
+    mlp, attention = (model.anatomy.layer_name(0, part).replace(".0.", ".{}.", 1) for part in (MLP, ATTENTION))
+    alone, both = (
+        made(model, "pmet", 40, layers=[1, 2], rewrite_module_tmps=named) for named in ([mlp], [mlp, attention])
+    )
+    assert alone.phases == made(model, "pmet", 40, layers=[1, 2]).phases
+    square = 4 * (736**2 + 192**2)
+    assert phase(both, "statistics").disk == 2 * 2 * square
+    assert phase(both, "statistics").what.endswith("C of 2 layers, width 736 and 192")
+    assert phase(both, "solve").disk == 2 * square
+    assert phase(both, "apply").what == "4 weights of 192 x 736 and 192 x 192"
+    for name in ("statistics", "solve", "apply"):
+        assert phase(both, name).seconds > phase(alone, name).seconds, name  # type: ignore[operator]
+    only = made(model, "pmet", layers=[1, 2], rewrite_module_tmps=[attention])
+    assert phase(only, "apply").what == "2 weights of 192 x 192"
+
+
+@pytest.mark.parametrize("method", ["memit", "alphaedit", "rome"])
+def test_iterations_repeat_all_but_what_the_unedited_model_gives(method: str, chip: Callable[..., None]) -> None:
+    chip(0, 100 * GIB)
+    model = outline("demo", device="cpu")
+    one, four = (made(model, method, iterations=passes, layers=[2]) for passes in (1, 4))
+    assert (one.iterations, four.iterations, four.report()["iterations"]) == (1, 4, 4)
+    assert phase(four, "statistics") == phase(one, "statistics")
+    for name in ("values", "keys", "apply"):
+        assert phase(four, name).seconds == 4 * phase(one, name).seconds, name  # type: ignore[operator]
+    assert phase(four, "values").disk == 4 * phase(one, "values").disk
+    d, n = 736, 100
+    more = {"memit": woodbury_cost(d, n), "alphaedit": push_through_cost(d, d // 2, n), "rome": Cost(2 * n * d * d, 0)}
+    assert phase(four, "solve").seconds == phase(one, "solve").seconds + 3 * more[method].flops  # type: ignore[operator]
+
+
+def test_one_of_a_thing() -> None:
+    plan = made(outline("demo", device="cpu"), facts=1, tokens=1000, layers=[2], v_num_grad_steps=1)
+    said = {phase.name: phase.what for phase in plan.phases[1:]}
+    assert said["statistics"].endswith("; C of 1 layer, width 736")
+    assert said["values"].startswith("1 fact, 1 at once, ")
+    assert said["values"].endswith(", up to 1 step")
+    assert said["keys"] == "1 key of each layer"
+    assert said["solve"].endswith(", 1 right-hand side, a weight")
+    assert said["apply"] == "1 weight of 192 x 736"
 
 
 def test_an_unknown_rate_is_no_time() -> None:
