@@ -237,7 +237,7 @@ def sample_contexts(
     wanted = [(length, list(word)) for length, count in asked for word in words for _ in range(count // len(words))]
     while growing := [row for length, row in wanted if len(row) < length]:
         kept = [Row(tuple(row)) for row in growing]
-        together = sum(len(row) for row in growing)
+        together = len(growing) * max(len(row) for row in growing)  # padded: all in one batch
         hidden = final_hidden(model, kept, [[len(row) - 1] for row in growing], batch_tokens=together)
         top = model.logits(hidden).cpu().topk(CONTEXT_TOP_K)
         picks = torch.multinomial(top.values.softmax(-1), 1, generator=generator)

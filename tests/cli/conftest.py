@@ -18,6 +18,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """run("edit", "demo", ...) in this process, by the function that the installed script calls."""
     log = logging.getLogger("rewire")
     handlers, propagate, threads = log.handlers, log.propagate, torch.get_num_threads()
+    monkeypatch.delenv("COLUMNS", raising=False)  # of the shell that the tests run in
     torch.set_num_threads(1)  # many small models: on a busy machine threads spend most of their time waiting
 
     def run(*words: object) -> Run:

@@ -16,7 +16,8 @@ def test_published_projections(tmp_path: Path) -> None:
     wanted = EditSession(rewire.load("demo"), "alphaedit", hparams=few, contexts=contexts)
     wanted.edit(facts, evaluate=False)
     threshold = wanted.hparams.nullspace_threshold
-    P = torch.stack([wanted._space(layer, threshold).dense().float() for layer in (1, 2)])
+    names = [wanted.model.anatomy.layer_name(layer) for layer in (1, 2)]
+    P = torch.stack([wanted.held.space(name, threshold).dense().float() for name in names])
     path = tmp_path / "null_space_project.pt"
     torch.save(P, path)
     session = EditSession(rewire.load("demo"), "alphaedit", hparams=few, contexts=contexts, projections=path)
