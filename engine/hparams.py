@@ -19,6 +19,7 @@ from ..kernels.errors import InputError
 from .anatomy import Anatomy
 from .presets import Preset, find_preset, methods, number
 from .prompts import CONTEXT_TOKENS, SEED_WORDS
+from .wrong import in_words
 
 log = logging.getLogger("rewire")
 
@@ -166,6 +167,13 @@ def load_hparams(
     def where(name: str) -> str:
         return SET if found is None or name in overrides else found.place
 
+    hparams = check_values(kind, values, where)
+    hparams.check(anatomy, where)
+    return hparams, "defaults by depth" if found is None else found.said
+
+
+def check_values(kind: type[H], values: Mapping[str, Any], where: Callable[[str], str]) -> H:
+    """Raises `InputError` for hyper-parameters that no model takes; where(name): the value's source."""
     weight = values.get("mom2_update_weight")
     if isinstance(weight, (list, tuple)):
         raise InputError(
@@ -173,15 +181,21 @@ def load_hparams(
             f"({weight} found, one for each); choose with --set mom2_update_weight=N"
         )
     try:
-        hparams = kind(**values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] == "missing" else f" ({first['input']!r} found)"
-        raise InputError(f"{where(str(first['loc'][0]))}: {field}: {reason}{given}") from None
-    hparams.check(anatomy, where)
-    return hparams, "defaults by depth" if found is None else found.said
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where(str(first['loc'][0]))}: {field}: {in_words(first)}") from None
+
+
+def check_settings(kind: type[Hparams], settings: Mapping[str, Any], where: Callable[[str], str]) -> None:
+    """The same of single ones, whatever the preset: `layers` is the only one without a default."""
+    for name in settings:
+        try:
+            check_names(kind, [name])
+        except InputError as error:
+            raise InputError(where(name) + str(error).removeprefix(SET)) from None
+    check_values(kind, {"layers": [0]} | dict(settings), where)
 
 
 def _of_the_method(kind: type[Hparams], method: str, preset: Preset) -> dict[str, Any]:

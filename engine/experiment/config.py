@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ...kernels.errors import InputError
 from ..editors.registry import find_method
 from ..facts import read_text
-from ..hparams import SET
+from ..hparams import SET, check_settings
 from ..model import DTYPES
 from ..presets import number
+from ..wrong import in_words
 from . import names
-from .wrong import check_settings, in_words
 
 PULL = "pull"  # what `stats` says for the published collection
 SETS = {"mcf": None, "zsre": "zsre", "zsre-alt": "zsre-alt"}  # data sets by name -> the convention they are read by

@@ -22,7 +22,7 @@ from ..editors.registry import find_method
 from ..evaluation import underedit
 from ..evaluation.underedit import mean
 from ..facts import Fact, to_record
-from ..hparams import SET, check_names
+from ..hparams import SET, check_names, check_settings, check_values
 from ..model import Model
 from ..model import load as load_model
 from ..phases import Listener, silent
@@ -35,7 +35,6 @@ from . import names, plots, results, summary
 from .config import PULL, Experiment
 from .data import TEXTS, facts_of, texts_of
 from .progress import PROGRESS, Progress, content_digest
-from .wrong import check_settings, check_values
 
 log = logging.getLogger("rewire")
 

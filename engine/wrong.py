@@ -1,12 +1,7 @@
 """What pydantic finds wrong, in our words: what was found, and what was expected."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from pydantic import ValidationError
-
-from ...kernels.errors import InputError
-from ..hparams import SET, Hparams, check_names
 
 _WHOLE, _NUMBER, _LIST = "a whole number", "a number", "a list"
 EXPECTED = {  # of the common types; any other is said as pydantic says it
@@ -38,23 +33,3 @@ def in_words(error: Mapping[str, Any]) -> str:
     else:
         reason = error["msg"].removeprefix("Value error, ")
     return f"{found if len(found) <= _LONGEST else found[:_LONGEST] + '...'} found, {reason}"
-
-
-def check_values(kind: type[Hparams], values: Mapping[str, Any], where: Callable[[str], str]) -> None:
-    """Raises `InputError` for hyper-parameters that no model takes; where(name): the value's source."""
-    try:
-        kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InputError(f"{where(str(first['loc'][0]))}: {field}: {in_words(first)}") from None
-
-
-def check_settings(kind: type[Hparams], settings: Mapping[str, Any], where: Callable[[str], str]) -> None:
-    """The same of single ones, whatever the preset: `layers` is the only one without a default."""
-    for name in settings:
-        try:
-            check_names(kind, [name])
-        except InputError as error:
-            raise InputError(where(name) + str(error).removeprefix(SET)) from None
-    check_values(kind, {"layers": [0]} | dict(settings), where)
