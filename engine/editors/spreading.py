@@ -59,7 +59,7 @@ def check(job: Job, site: tuple[str, ...] | None = None) -> None:
             f"{lacking[0]}); expected them in each fact: `rewire neighbors MODEL DATA` finds them"
         )
     rewriting_rows(job.model, job.facts, job.contexts, job.objective)
-    job.moments(names_of(job, site or job.objective.site))
+    job.moments(names_of(job, job.objective.site if site is None else site))
 
 
 def edit(job: Job, solve: Solve, share: Share = evenly, site: tuple[str, ...] | None = None) -> Outcome:

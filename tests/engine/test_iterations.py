@@ -261,3 +261,9 @@ def test_variables_inside_a_block_know_their_thread(demo: rewire.Model) -> None:
         assert torch.equal(demo.projection(1)(x), plain + 3)
         assert torch.equal(other.submit(demo.projection(1), x).result(), plain)
     assert torch.equal(demo.projection(1)(x), plain)
+
+
+def test_without_covariance_nothing_is_collected(facts: list[rewire.Fact], demo: rewire.Model) -> None:
+    edit = started(demo, "rome", hparams={"mom2_adjustment": False}).edit(facts[:1], evaluate=False)
+    assert edit.report["statistics"] == {}
+    assert "statistics" not in edit.report["seconds"]
