@@ -6,13 +6,18 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import InputError
 
-LISTS = ("paraphrases", "neighbors", "edit_neighbors", "locality")
+LISTS = ("paraphrases", "neighbors", "edit_neighbors", "locality", "ripples", "generation_prompts", "references")
+_LISTS_OF_TEXTS = ("paraphrases", "neighbors", "generation_prompts", "references")
+RIPPLES = (  # the categories of RippleEdits (arXiv 2307.12976)
+    *("Logical_Generalization", "Compositionality_I", "Compositionality_II", "Subject_Aliasing"),
+    *("Forgetfulness", "Relation_Specificity"),
+)
 FIELDS = ("id", "subject", "prompt", "target_new", "target_true", *LISTS)
 
 
@@ -56,6 +61,58 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Query:
+    """A prompt, and the answers of which each is right (an answer, and what else it is called)."""
+
+    prompt: str
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check_text("prompt in ripples", self.prompt)
+        targets = _texts("targets in ripples", self.targets)
+        if not targets:
+            raise InputError("targets in ripples is empty, expected the answers that are right")
+        for target in targets:
+            _check_text("targets in ripples", target)
+        object.__setattr__(self, "targets", tuple(target.strip() for target in targets))
+
+
+@dataclass(frozen=True)
+class Ripple:
+    """One test of what follows from an edit, or must not change with it (RippleEdits, arXiv 2307.12976); held out.
+
+    category: one of `RIPPLES`; prompt, targets: as of `Query`, what the edited model shall say
+    conditions: what the unedited model has to know for this to say anything of the edit
+    others: further questions of the same test; one of all answered right passes it, with `needs_all` only all of them
+    """
+
+    category: str
+    prompt: str
+    targets: tuple[str, ...]
+    conditions: tuple[Query, ...] = ()
+    others: tuple[Query, ...] = ()
+    needs_all: bool = False
+
+    def __post_init__(self) -> None:
+        if self.category not in RIPPLES:
+            raise InputError(f"category {self.category!r} in ripples, expected one of {', '.join(RIPPLES)}")
+        if not isinstance(self.needs_all, bool):
+            raise InputError(f"needs_all in ripples is {type(self.needs_all).__name__}, expected true or false")
+        object.__setattr__(self, "targets", self.query.targets)
+        for name in ("conditions", "others"):
+            object.__setattr__(self, name, _objects(f"{name} in ripples", getattr(self, name), Query))
+
+    @property
+    def query(self) -> Query:
+        return Query(self.prompt, self.targets)
+
+    @property
+    def queries(self) -> tuple[Query, ...]:
+        """All questions of the test; which of them have to be answered right, `needs_all` says."""
+        return (self.query, *self.others)
+
+
+@dataclass(frozen=True)
 class Fact:
     """One request: `prompt` (with `{}` where the subject stands) shall continue with `target_new`.
 
@@ -69,6 +126,9 @@ class Fact:
     edit_neighbors: neighbouring facts for neighbour-assisted editing
     id: str, unique within a file; made from the content where none is given
     locality: questions about other things, with answers of their own; held out, for evaluation only
+    ripples: what follows from the fact, and what must not; held out, for evaluation only
+    generation_prompts: beginnings about the subject that the model goes on from, for the fluency of what it writes
+    references: texts about the new object's kind that these are compared with
 
     Raises `InputError` for an empty field, or a subject that cannot be placed in the prompt.
     """
@@ -82,6 +142,9 @@ class Fact:
     edit_neighbors: tuple[EditNeighbor, ...] = ()
     id: str = ""
     locality: tuple[Probe, ...] = ()
+    ripples: tuple[Ripple, ...] = ()
+    generation_prompts: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("subject", "prompt", "target_new"):
@@ -90,13 +153,13 @@ class Fact:
             raise InputError("target_true is empty; leave the field out where nothing is known")
         if self.target_true is not None:
             _check_text("target_true", self.target_true)
-        for name in ("paraphrases", "neighbors"):
+        for name in _LISTS_OF_TEXTS:
             for text in getattr(self, name):
                 _check_text(f"a text of {name}", text)
         object.__setattr__(self, "prompt", place_subject(self.prompt, self.subject))
-        for name in ("paraphrases", "neighbors"):
+        for name in _LISTS_OF_TEXTS:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
-        for name, kind in (("edit_neighbors", EditNeighbor), ("locality", Probe)):
+        for name, kind in (("edit_neighbors", EditNeighbor), ("locality", Probe), ("ripples", Ripple)):
             object.__setattr__(self, name, _all_of(kind, name, getattr(self, name)))
         for name in ("target_new", "target_true"):
             value = getattr(self, name)
@@ -165,10 +228,10 @@ def from_record(record: Mapping[str, Any]) -> Fact:
     if missing:
         raise InputError(f"field {missing[0]!r} is missing")
     values = dict(record)
-    for name in ("paraphrases", "neighbors"):
+    for name in _LISTS_OF_TEXTS:
         values[name] = _texts(name, values.get(name))
-    values["edit_neighbors"] = _objects("edit_neighbors", values.get("edit_neighbors"), EditNeighbor)
-    values["locality"] = _objects("locality", values.get("locality"), Probe)
+    for name, kind in (("edit_neighbors", EditNeighbor), ("locality", Probe), ("ripples", Ripple)):
+        values[name] = _objects(name, values.get(name), kind)
     identity = values.get("id")
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, (str, int))):
         raise InputError(f"id is {type(identity).__name__}, expected text or a whole number")
@@ -192,8 +255,10 @@ def _check_text(name: str, value: Any) -> None:
         raise InputError(f"{name} is {type(value).__name__}, expected text")
     if not value.strip():
         raise InputError(f"{name} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON may hold them, tokenizers refuse them
-        raise InputError(f"{name} holds half of a surrogate pair, expected text: {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON may hold them, tokenizers refuse them
+        raise InputError(f"{name} holds half of a surrogate pair, expected text: {value!r}") from None
 
 
 def _objects(name: str, value: Any, kind: type) -> tuple[Any, ...]:
@@ -202,11 +267,16 @@ def _objects(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise InputError(f"{name} is {type(value).__name__}, expected a list")
     wanted = [field.name for field in fields(kind)]
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    made = []
     for each in value:
-        if not isinstance(each, Mapping) or set(each) != set(wanted):
+        if not isinstance(each, (Mapping, kind)) or (
+            isinstance(each, Mapping) and not needed <= set(each) <= set(wanted)
+        ):
             expected = f"{', '.join(wanted[:-1])} and {wanted[-1]}"
             raise InputError(f"{name} holds {each!r}, expected objects with {expected}")
-    return tuple(kind(**each) for each in value)
+        made.append(kind(**each) if isinstance(each, Mapping) else each)
+    return tuple(made)
 
 
 def _all_of(kind: type, name: str, values: Iterable[Any]) -> tuple[Any, ...]:

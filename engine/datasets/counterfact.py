@@ -11,16 +11,26 @@ def is_nested(record: Mapping[str, Any]) -> bool:
     return "requested_rewrite" in record
 
 
-def from_nested(record: Mapping[str, Any], candidates: bool = False) -> dict[str, Any]:
-    """One multi-CounterFact record; attribute and generation prompts are not used here.
+def from_nested(
+    record: Mapping[str, Any],
+    candidates: bool = False,
+    generation: bool = False,
+    references: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
+) -> dict[str, Any]:
+    """One multi-CounterFact record; attribute prompts are not used here.
 
     candidates: its `neighborhood_samples` (subject, prompt with `{}`) become `edit_neighbors`, as far as they are what
         the neighbourhood prompts ask: a few records have others.
+    generation: `generation_prompts` are read
+    references: as of `references.read_references`; those of the new object in this relation become the fact's
     """
     rewrite = record["requested_rewrite"]
     samples = record.get("neighborhood_samples", []) if candidates else []
     neighbors = record.get("neighborhood_prompts", [])
-    return {
+    more: dict[str, Any] = {"generation_prompts": record.get("generation_prompts", [])} if generation else {}
+    if references is not None:
+        more["references"] = references.get((rewrite["relation_id"], rewrite["target_new"]["id"]), ())
+    return more | {
         "id": record["case_id"],
         "subject": rewrite["subject"],
         "prompt": rewrite["prompt"],
@@ -40,7 +50,7 @@ def is_flat(record: Mapping[str, Any]) -> bool:
     return "locality" in record and "ground_truth" in record and "neighborhood_samples" in record
 
 
-def from_flat(record: Mapping[str, Any]) -> dict[str, Any]:
+def from_flat(record: Mapping[str, Any], position: int) -> dict[str, Any]:
     """One record of the neighbour-assisted sets: `neighborhood_samples` are for the edit, `locality` is held out."""
     return {
         "id": record["case_id"],
@@ -64,6 +74,10 @@ def check_flat(fact: Fact) -> None:
         reason = "no true object"
     elif fact.locality:
         reason = "questions about other things (locality)"
+    elif fact.ripples:
+        reason = "tests of what follows (ripples)"
+    elif fact.generation_prompts or fact.references:
+        reason = "what its generated texts are judged by (generation_prompts, references)"
     elif any(neighbor.target != fact.target_true for neighbor in fact.edit_neighbors):
         reason = "an edit-time neighbour with another object than its own"
     elif "{}" in fact.question or fact.question.replace(fact.subject, "{}") != fact.prompt:

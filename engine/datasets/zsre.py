@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...kernels.errors import InputError
+from .ripple import answers as texts
+from .ripple import ripple
 
 CONVENTIONS = {
     "zsre": "the new object is answers[0]: MEMIT, UnderEdit",
@@ -25,18 +27,22 @@ def from_zsre(record: Mapping[str, Any], convention: str, position: int) -> dict
 
     With `zsre` there is no true object: published code compares with "<|endoftext|>", which says nothing. With
     `zsre-alt` there is none where the new object is itself one of the answers.
+    `portability` (EasyEdit's file) asks on from `alt` ("where is the maker of X based"), so only `zsre-alt` has it, as
+    a test of RippleEdits' Compositionality_I; with `zsre` its answer would be that to a fact which nobody taught.
     """
     if not isinstance(record["answers"], list):
         raise TypeError("answers is no list")
     answers = [answer.strip() for answer in record["answers"]]
     if not any(answers[:1]):
         raise InputError("answers has no first one")
-    target_new, target_true = answers[0], None
+    target_new, target_true, tests = record["answers"][0], None, []
     if convention == "zsre-alt":
-        target_new = record["alt"].strip()
-        if not target_new:
+        target_new = record["alt"]
+        if not target_new.strip():
             raise InputError("alt is empty")
-        target_true = None if target_new in answers else answers[0]
+        target_true = None if target_new.strip() in answers else answers[0]
+        beyond = record.get("portability") or {}
+        tests = [ripple("Compositionality_I", beyond.get("New Question"), texts(beyond.get("New Answer")))]
     return {
         "id": position,
         "subject": record["subject"],
@@ -45,4 +51,5 @@ def from_zsre(record: Mapping[str, Any], convention: str, position: int) -> dict
         "target_true": target_true,
         "paraphrases": record["rephrase"],
         "locality": [{"prompt": record["loc"].removesuffix("?") + "?", "target": record["loc_ans"]}],
+        "ripples": [test for test in tests if test],
     }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rewire.engine.datasets import read_facts, scan_candidates, scan_facts, write_facts
-from rewire.engine.facts import EditNeighbor, Fact, InvalidFact, Probe, held_out
+from rewire.engine.facts import EditNeighbor, Fact, InvalidFact, Probe, Ripple, held_out
 from rewire.kernels.errors import InputError
 
 NESTED = {
@@ -64,7 +64,10 @@ def test_counterfact_nested_and_flat(tmp_path: Path) -> None:
     path.write_text(json.dumps([EASYEDIT, {**EASYEDIT, "case_id": 4, "locality_ground_truth": "Italy"}]))
     easy, other = read_facts(path)
     assert easy == Fact(*common, id="3")
-    assert other.neighbors == (), "the answer there is not this fact's true object"
+    assert (other.neighbors, other.locality) == ((), (Probe("Lyon lies in", "Italy"),)), "not this fact's true object"
+    path.write_text(json.dumps([{key: value for key, value in EASYEDIT.items() if key != "locality_ground_truth"}]))
+    (unanswered,) = read_facts(path)
+    assert (unanswered.neighbors, unanswered.locality) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,73 @@ def test_candidates_are_no_edit_time_neighbours(tmp_path: Path) -> None:
         scan_candidates(path)
 
 
+# what generated texts are judged by
+
+SNIPPETS = [
+    {"relation_id": "P17", "target_id": "Q38", "samples": [{"name": "Rome", "text": "Rome is ..."}]},
+    {"relation_id": "P17", "target_id": "Q142", "samples": [{"name": "Lyon", "text": "Lyon is ..."}]},
+    {"relation_id": "P17", "target_id": "Q38", "samples": [{"name": "Pisa", "text": "Pisa is ..."}]},
+]
+MAPPED = {
+    "P17": {
+        "Q38": [{"name": "Rome", "text": "Rome is ..."}, {"name": "Pisa", "text": "Pisa is ..."}],
+        "Q142": SNIPPETS[1]["samples"],
+    }
+}
+
+
+def test_generation_is_read_where_asked(tmp_path: Path) -> None:
+    path = tmp_path / "any.json"
+    path.write_text(json.dumps([NESTED]))
+    (plain,) = read_facts(path)
+    assert (plain.generation_prompts, plain.references) == ((), ())
+    (more,) = read_facts(path, generation=True)
+    assert more == replace(plain, generation_prompts=("y",))
+    for content in (SNIPPETS, MAPPED):
+        (tmp_path / "snippets").write_text(json.dumps(content))
+        (most,) = read_facts(path, snippets=tmp_path / "snippets")
+        assert most == replace(more, references=("Rome is ...", "Pisa is ...")), "of the new object, not the true one"
+    write_facts(tmp_path / "facts.jsonl", [most])
+    assert read_facts(tmp_path / "facts.jsonl") == [most], "what our own file has is what was asked for"
+    other = {**NESTED["requested_rewrite"], "relation_id": "P36"}
+    path.write_text(json.dumps([{**NESTED, "requested_rewrite": other}]))
+    assert read_facts(path, snippets=tmp_path / "snippets")[0].references == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[1", "line 1: broken JSON"),
+        ("5", "not attribute_snippets.json"),
+        ('[{"a": 1}]', "not attribute_snippets.json"),
+        ('{"P17": [1]}', "not attribute_snippets.json"),
+        ('{"P17": {"Q1": [{"name": "x"}]}}', "not attribute_snippets.json"),
+    ],
+)
+def test_snippets_that_are_none(tmp_path: Path, content: str, reason: str) -> None:
+    (tmp_path / "any.json").write_text(json.dumps([NESTED]))
+    (tmp_path / "snippets").write_text(content)
+    with pytest.raises(InputError, match=rf"snippets: {reason}"):
+        read_facts(tmp_path / "any.json", snippets=tmp_path / "snippets")
+    with pytest.raises(InputError, match=r"nowhere: cannot be read"):
+        read_facts(tmp_path / "any.json", snippets=tmp_path / "nowhere")
+
+
+def test_snippets_are_for_counterfact(tmp_path: Path) -> None:
+    (tmp_path / "snippets").write_text(json.dumps(SNIPPETS))
+    (tmp_path / "any.json").write_text(json.dumps([EASYEDIT]))
+    with pytest.raises(InputError, match=r"any.json: record 0: snippets are found by relation and object"):
+        read_facts(tmp_path / "any.json", snippets=tmp_path / "snippets")
+
+
+def test_generation_prompts_as_published(shared: Path) -> None:
+    path = shared / "data" / "mcf_subset_1.json"
+    records = json.loads(path.read_text())[:50]
+    facts = read_facts(path, 50, generation=True)
+    assert [list(fact.generation_prompts) for fact in facts] == [record["generation_prompts"] for record in records]
+    assert all(fact.generation_prompts for fact in facts)
+
+
 # writing
 
 
@@ -158,6 +228,9 @@ def test_the_neighbour_sets_are_written_as_published(shared: Path, tmp_path: Pat
     [
         ({"target_true": None}, "no true object"),
         ({"locality": (Probe("Who wrote Faust?", "Goethe"),)}, "questions about other things"),
+        ({"ripples": (Ripple("Forgetfulness", "Paris is", ("big",)),)}, "tests of what follows"),
+        ({"generation_prompts": ("Paris is",)}, "what its generated texts are judged by"),
+        ({"references": ("Rome is ...",)}, "what its generated texts are judged by"),
         ({"edit_neighbors": (EditNeighbor("Bonn", "{} lies in", "Germany"),)}, "with another object than its own"),
         ({"prompt": "{}, oh Paris, lies in"}, "a subject that its prompt holds more than once"),
         ({"subject": "{}", "prompt": "{} lies in"}, "a subject that its prompt holds more than once"),
@@ -200,6 +273,16 @@ def test_zsre_in_both_conventions(tmp_path: Path) -> None:
     first, second = read_facts(path, convention="zsre-alt")
     assert first == replace(right, target_new="Italy", target_true="France")
     assert (second.target_new, second.target_true) == ("France", None), "nothing else is true"
+
+
+def test_zsre_asks_on_from_the_other_answer(tmp_path: Path) -> None:
+    path = tmp_path / "any.json"
+    beyond = {"Recalled Relation": "(Italy, capital, Rome)", "New Question": "What is the capital there?"}
+    answered, unanswered = {**beyond, "New Answer": "Rome"}, {**beyond, "New Answer": " "}
+    path.write_text(json.dumps([{**ZSRE, "portability": portability} for portability in (answered, unanswered, None)]))
+    ripple = Ripple("Compositionality_I", "What is the capital there?", ("Rome",))
+    assert [fact.ripples for fact in read_facts(path, convention="zsre-alt")] == [(ripple,), (), ()]
+    assert [fact.ripples for fact in read_facts(path, convention="zsre")] == [(), (), ()], "nobody taught that"
 
 
 def test_zsre_asks_for_its_convention(tmp_path: Path) -> None:
@@ -270,3 +353,6 @@ def test_zsre_as_published(shared: Path, name: str, count: int) -> None:
         assert (fact.question, fact.target_new) == (record["src"], record["alt"].strip())
         assert fact.target_true in (None, record["answers"][0])
         assert fact.target_true != fact.target_new
+        beyond = record.get("portability")
+        asked = [(beyond["New Question"].strip(), (beyond["New Answer"].strip(),))] if beyond else []
+        assert [(ripple.prompt, ripple.targets) for ripple in fact.ripples] == asked

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from rewire.engine.datasets import read_facts, scan_facts
 from rewire.engine.facts import (
     FIELDS,
+    RIPPLES,
     EditNeighbor,
     Fact,
     InvalidFact,
     Probe,
+    Query,
+    Ripple,
     digest,
     from_record,
     held_out,
@@ -250,6 +253,8 @@ def test_all_that_cannot_be_edited_are_named_at_once(tmp_path: Path) -> None:
         ({"locality": [{"prompt": "x", "target": "y", "id": 1}]}, "expected objects with prompt and target"),
         ({"locality": [{"prompt": "x", "target": " "}]}, "target in locality is empty"),
         ({"locality": [{"prompt": 5, "target": "y"}]}, "prompt in locality is int, expected text"),
+        ({"generation_prompts": 5}, "generation_prompts is int, expected a list of texts"),
+        ({"references": [""]}, "a text of references is empty"),
         ({"subject": "Par\ud800is"}, "subject holds half of a surrogate pair"),
     ],
 )
@@ -310,6 +315,16 @@ def test_digest_depends_on_what_is_asked_and_on_the_order() -> None:
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}"), min_size=1).filter(str.strip)
 
 
+queries = st.builds(Query, words, st.lists(words, min_size=1, max_size=2).map(tuple))
+ripples = st.lists(
+    st.builds(
+        Ripple, st.sampled_from(RIPPLES), words, st.lists(words, min_size=1, max_size=2).map(tuple),
+        st.lists(queries, max_size=1).map(tuple), st.lists(queries, max_size=1).map(tuple), st.booleans(),
+    ),
+    max_size=2,
+).map(tuple)  # fmt: skip
+
+
 @given(
     subject=words,
     around=st.tuples(words, words),
@@ -320,6 +335,8 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}"
     near=st.lists(st.builds(EditNeighbor, words, words.map(lambda text: text + "{}"), words), max_size=2).map(tuple),
     name=st.sampled_from(["", "x1"]),
     locality=st.lists(st.builds(Probe, words, words), max_size=2).map(tuple),
+    ripples=ripples,
+    texts=st.lists(words, max_size=2).map(tuple),
 )
 def test_records_round_trip(
     subject: str,
@@ -331,8 +348,12 @@ def test_records_round_trip(
     near: tuple[EditNeighbor, ...],
     name: str,
     locality: tuple[Probe, ...],
+    ripples: tuple[Ripple, ...],
+    texts: tuple[str, ...],
 ) -> None:
-    fact = Fact(subject, "{}".join(around), target, true, paraphrases, neighbors, near, name, locality)
+    prompt = "{}".join(around)
+    kept = (locality, ripples, texts, texts[::-1])
+    fact = Fact(subject, prompt, target, true, paraphrases, neighbors, near, name, *kept)
     line = json.dumps(to_record(fact), ensure_ascii=False)
     assert from_record(json.loads(line)) == fact
     assert (true is None) == ("target_true" not in to_record(fact))
@@ -343,7 +364,7 @@ def test_records_round_trip(
         st.builds(
             Fact, words, st.tuples(words, words).map("{}".join), words, st.none() | words,
             st.lists(words, max_size=3).map(tuple), st.lists(words, max_size=3).map(tuple),
-            locality=st.lists(st.builds(Probe, words, words), max_size=3).map(tuple),
+            locality=st.lists(st.builds(Probe, words, words), max_size=3).map(tuple), ripples=ripples,
         ),
         min_size=1, max_size=3, unique_by=lambda fact: fact.id,
     )
