@@ -26,8 +26,8 @@ def demo(
     Example: rewire demo --limit 200
     """
     from ..engine.datasets import read_facts
+    from ..engine.decoding import continuations
     from ..engine.model import demo_file
-    from ..engine.passes import continuations
     from ..engine.session import SAID_TOKENS, EditSession
 
     start = time.perf_counter()

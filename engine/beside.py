@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from ..kernels.delta_linear import add_delta_
 from ..kernels.errors import InputError
-from ..stats.collect import batches
 from .anatomy import widths
 from .delta import Factors, Update
 from .model import Model
 from .passes import forward_bytes, hooks, tokens_that_fit
 from .prompts import Row
-from .scores import score
+from .scores import token_scores
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,10 @@ class Beside:
         self._groups = {name: stack.place[owner.to(stack.place.device)] for name, stack in self._stacks.items()}
         self._owner = owner
 
+    def enter(self, owners: Sequence[int]) -> None:
+        """Sets `owner` for the forward to come."""
+        self.owner = torch.tensor(owners, dtype=torch.int64)
+
     def __enter__(self) -> "Beside":
         handles = [stack.module.register_forward_hook(self._adder(name)) for name, stack in self._stacks.items()]
         self._open.enter_context(hooks(*handles))
@@ -113,18 +116,11 @@ def score_each(
     """
     if len(owner) != len(rows):
         raise InputError(f"owner names {len(owner)} rows; expected {len(rows)}, the delta of each row")
-    mean = torch.zeros(len(rows), dtype=torch.float64)
-    exact = torch.zeros(len(rows), dtype=torch.bool)
     budget = batch_tokens or tokens_that_fit(model, forward_bytes(model) + 2 * model.anatomy.vocab)
-    done = 0
     with Beside(model, deltas) as beside:
-        for batch in batches([len(row.ids) for row in rows], budget):
-            beside.owner = torch.tensor([owner[i] for i in batch], dtype=torch.int64)
-            # longest first and within the budget: score runs the batch as it stands, in one forward
-            mean[batch], exact[batch] = score(model, [rows[i] for i in batch], budget)
-            done += len(batch)
-            progress(done, len(rows))
-    return mean, exact
+        found = token_scores(model, rows, budget, progress, owner=owner, enter=beside.enter)
+    means = torch.tensor([answer.mean_logprob for answer in found], dtype=torch.float64)
+    return means, torch.tensor([answer.exact for answer in found], dtype=torch.bool)
 
 
 def _stack(model: Model, name: str, deltas: Sequence[Update]) -> _Stack:

@@ -54,6 +54,10 @@ class Model:
         return device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(self.hf.parameters()).dtype
+
+    @property
     def quantized(self) -> str | None:
         """How the MLP output projections are stored where that is not as plain numbers: "nf4", "fp4", "int8", ..."""
         return stored_as(self.projection(0))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from ..stats.collect import batches
@@ -182,46 +181,6 @@ def final_hidden(model: Model, rows: Sequence[Row], places: Sequence[Sequence[in
             for line, i in enumerate(batch):
                 result[i] = hidden[line, list(places[i])]
     return torch.cat([result[i] for i in range(len(rows))])
-
-
-@contextlib.contextmanager
-def _generating(model: Model, config: GenerationConfig) -> Iterator[None]:
-    """The model's own configuration fills what a call leaves open (a repetition penalty, say): put aside."""
-    own = model.hf.generation_config
-    model.hf.generation_config = config
-    try:
-        yield
-    finally:
-        model.hf.generation_config = own
-
-
-@torch.no_grad()
-def continuations(model: Model, prompts: Sequence[str], tokens: int, batch_tokens: int | None = None) -> list[str]:
-    """What the model says behind each prompt, greedily, `tokens` tokens at most (fewer at the model's longest row)."""
-    tokenizer = model.tokenizer
-    coded = prompt_ids(tokenizer, prompts)
-    budget = batch_tokens or tokens_that_fit(model, forward_bytes(model) * 2)
-    result = [""] * len(prompts)
-    greedy = GenerationConfig(
-        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id or 0
-    )
-    fits = [i for i, ids in enumerate(coded) if len(ids) < model.max_length]
-    with fused(model), _generating(model, greedy):
-        for chosen in batches([len(coded[i]) + tokens for i in fits], budget):
-            batch = [fits[i] for i in chosen]
-            longest = max(len(coded[i]) for i in batch)
-            room = min(tokens, model.max_length - longest)
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for line, i in enumerate(batch):  # generation appends at the right, so it wants padding on the left
-                ids[line, longest - len(coded[i]) :] = torch.tensor(coded[i])
-                mask[line, longest - len(coded[i]) :] = 1
-            made = model.hf.generate(  # type: ignore[operator]
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=room
-            )
-            for line, i in enumerate(batch):
-                result[i] = tokenizer.decode(made[line, longest:], skip_special_tokens=True)
-    return result
 
 
 @torch.no_grad()

@@ -1,18 +1,18 @@
 """Teacher-forced answers, token by token: what a model finds most probable, and how probable it finds the answer."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..kernels.errors import InputError
 from ..stats.collect import batches
+from .branches import WORTH, Tree, can_branch, grow, read_trees
 from .model import Model
-from .passes import final_hidden, forward_bytes, tokens_that_fit
+from .passes import forward_bytes, fused, tokens_that_fit
 from .phases import Tick
-from .prompts import Row, answer_rows
+from .prompts import Row
 
 LARGEST_NLL = 500.0  # nats: what perplexities end at
 HEAD_ROWS = 256  # positions that the head is run on at once: it makes a row of the vocabulary of each
@@ -57,31 +57,71 @@ def token_scores(
     rows: Sequence[Row],
     batch_tokens: int | None = None,
     progress: Tick = lambda done, total: None,
+    *,
+    owner: Sequence[int] = (),
+    enter: Callable[[Sequence[int]], None] = lambda owners: None,
+    batch_rows: int | None = None,
+    each: Callable[[dict[int, Answer]], None] = lambda found: None,
 ) -> list[Answer]:
-    """The answer of each row, in order. The head runs at the label positions only, on `HEAD_ROWS` of them at once.
+    """The answer of each row, in order. Rows that begin alike are read together (`branches`), the head runs at the
+    label positions only, on `HEAD_ROWS` of them at once.
 
     batch_tokens: padded tokens of a forward; None: from the free memory
+    owner: whose each row is; rows of several owners are not read together, and `enter` is told before each forward
+        whose its rows are
+    batch_rows: rows of a forward at most
+    each: called with what a forward gave, by the number of the row
     """
     result: dict[int, Answer] = {}
     budget = batch_tokens or tokens_that_fit(model, forward_bytes(model))
-    for batch in batches([len(row.ids) for row in rows], budget):
-        chosen = [rows[i] for i in batch]
-        places = [range(len(row.ids) - len(row.labels), len(row.ids)) for row in chosen]
-        hidden = final_hidden(model, chosen, places, budget)
-        labels = torch.tensor([label for row in chosen for label in row.labels], device=hidden.device)
-        best: list[int] = []
-        logprobs: list[float] = []
-        for part, wanted in zip(hidden.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
-            logits = model.logits(part)
-            best += logits.argmax(-1).tolist()
-            logprobs += logits.log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0].tolist()
-        start = 0
-        for i, row in zip(batch, chosen, strict=True):
-            stop = start + len(row.labels)
-            result[i] = Answer(row.labels, tuple(best[start:stop]), tuple(logprobs[start:stop]))
-            start = stop
-        progress(len(result), len(rows))
+    with fused(model):
+        trees = _trees(model, rows, owner)
+        for batch in batches([len(tree.ids) for tree in trees], budget):
+            for start in range(0, len(batch), batch_rows or len(batch)):
+                chosen = [trees[i] for i in batch[start : start + (batch_rows or len(batch))]]
+                if owner:
+                    enter([owner[next(iter(tree.rows))] for tree in chosen])
+                found = _read(model, rows, chosen)
+                each(found)
+                result |= found
+                progress(len(result), len(rows))
     return [result[i] for i in range(len(rows))]
+
+
+def _trees(model: Model, rows: Sequence[Row], owner: Sequence[int]) -> list[Tree]:
+    grown = grow(rows, owner)
+    saved = sum(len(row.ids) for row in rows) - sum(len(tree.ids) for tree in grown)
+    branched = [tree for tree in grown if tree.branch[-1]]
+    if branched and (saved < WORTH or not can_branch(model, max(len(tree.ids) for tree in branched))):
+        alone = [tree for tree in grown if not tree.branch[-1]]
+        for tree in branched:
+            for number in tree.rows:
+                (one,) = grow([rows[number]])
+                alone.append(replace(one, rows={number: one.rows[0]}))
+        return alone
+    return grown
+
+
+def _read(model: Model, rows: Sequence[Row], trees: Sequence[Tree]) -> dict[int, Answer]:
+    """The answers of the rows of some trees, from one forward."""
+    hidden = read_trees(model, trees)
+    numbers = [(line, number, at) for line, tree in enumerate(trees) for number, at in tree.rows.items()]
+    places = [(line, place) for line, number, at in numbers for place in at[len(at) - len(rows[number].labels) :]]
+    wanted = torch.tensor([label for _, number, _ in numbers for label in rows[number].labels], device=hidden.device)
+    lines, columns = torch.tensor(places, device=hidden.device).T
+    best: list[int] = []
+    logprobs: list[float] = []
+    for part, labels in zip(hidden[lines, columns].split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
+        logits = model.logits(part)
+        best += logits.argmax(-1).tolist()
+        logprobs += logits.log_softmax(-1).gather(1, labels.to(logits.device)[:, None])[:, 0].tolist()
+    found: dict[int, Answer] = {}
+    start = 0
+    for _, number, _ in numbers:
+        stop = start + len(rows[number].labels)
+        found[number] = Answer(rows[number].labels, tuple(best[start:stop]), tuple(logprobs[start:stop]))
+        start = stop
+    return found
 
 
 def score(
@@ -95,18 +135,3 @@ def score(
     found = token_scores(model, rows, batch_tokens, progress)
     means = torch.tensor([answer.mean_logprob for answer in found], dtype=torch.float64)
     return means, torch.tensor([answer.exact for answer in found], dtype=torch.bool)
-
-
-def answers(
-    model: Model, pairs: Sequence[tuple[str, str]], batch_tokens: int | None, progress: Tick
-) -> dict[tuple[str, str], Answer]:
-    """The answer to each (prompt, object) pair; one that is asked several times runs once.
-
-    Raises `InputError` for a pair that is longer than the model's longest row.
-    """
-    distinct = list(dict.fromkeys(pairs))
-    rows = answer_rows(model.tokenizer, distinct)
-    for (prompt, _), row in zip(distinct, rows, strict=True):
-        if len(row.ids) > model.max_length:
-            raise InputError(f"prompt {prompt[:60]!r}... has {len(row.ids)} tokens, the model takes {model.max_length}")
-    return dict(zip(distinct, token_scores(model, rows, batch_tokens, progress), strict=True))

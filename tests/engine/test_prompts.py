@@ -17,7 +17,8 @@ from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import rewire
-from rewire.engine.passes import continuations, sample_contexts
+from rewire.engine.decoding import continuations
+from rewire.engine.passes import sample_contexts
 from rewire.engine.prompts import (
     PLAIN,
     SEED_WORDS,
@@ -340,7 +341,7 @@ def test_what_is_continued_ends_in_the_text(kind):
     model.hf.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"]), with_kwargs=True)
     continuations(model, ["Paris is"], 2)
     bos = [tokenizer.bos_token_id] * (kind == "llama2")
-    assert calls[0].tolist() == [bos + tokenizer.encode("Paris is", add_special_tokens=False)]
+    assert [bos + tokenizer.encode("Paris is", add_special_tokens=False)] in [call.tolist() for call in calls]
     calls.clear()
     sample_contexts(model, 0)
     assert len(calls[0]) == len(SEED_WORDS)

@@ -12,11 +12,11 @@ import torch
 
 import rewire
 from rewire.engine import session as session_module
+from rewire.engine.decoding import continuations
 from rewire.engine.delta import Delta, Factors
 from rewire.engine.editors import memit
 from rewire.engine.facts import Fact, InvalidFact
 from rewire.engine.model import demo_file
-from rewire.engine.passes import continuations
 from rewire.kernels.errors import InputError
 from rewire.kernels.requantize_add import requantize_add
 from rewire.kernels.spd_solve import SolveError

@@ -1,0 +1,187 @@
+"""A model as it is asked questions: as its weights are, or each fact under a delta of its own beside them.
+
+Protocols ask nothing else, so all of them are batched, resumable, and measure hundreds of single edits at once.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..kernels.errors import InputError
+from .answer_store import AnswerStore, known_answers, question_key
+from .beside import Beside
+from .decoding import LIMIT, Said, continue_each, ending
+from .delta import Update
+from .model import Model
+from .phases import Tick
+from .prompts import answer_rows, prompt_ids
+from .scores import Answer, token_scores
+
+TOGETHER = 512  # deltas whose factors are on the device at once
+NOBODY = -1  # the owner of what is asked of the weights as they are
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who is asked.
+
+    deltas: of each fact its own update, beside the weights; empty: all facts are asked of the weights as they are
+    batch_tokens: padded tokens of a forward; batch_rows: rows of one, and continued at once; None: from the free memory
+    store: where answers are looked for and put as they come
+    """
+
+    model: Model
+    deltas: Sequence[Update] = ()
+    batch_tokens: int | None = None
+    batch_rows: int | None = None
+    store: AnswerStore | None = None
+    _digests: dict[int, str] = field(default_factory=dict, repr=False)
+
+    def answers(self, asked: Sequence[tuple[int, str, str]], progress: Tick = lambda done, total: None) -> list[Answer]:
+        """Teacher-forced: for each (number of the fact, prompt, object) what is made of the object's tokens.
+
+        What is asked twice runs once. Raises `InputError` for what is longer than the model's longest row.
+        """
+        keys = [self._key("answer", owner, prompt, target) for owner, prompt, target in asked]
+        known = {key: _answer(value) for key, value in known_answers(self.store, keys).items()}
+        left = {key: each for key, each in zip(keys, asked, strict=True) if key not in known}
+        rows = answer_rows(self.model.tokenizer, [(prompt, target) for _, prompt, target in left.values()])
+        for (_, prompt, _), row in zip(left.values(), rows, strict=True):
+            if len(row.ids) > self.model.max_length:
+                said = f"prompt {prompt[:60]!r}... has {len(row.ids)} tokens"
+                raise InputError(f"{said}, the model takes {self.model.max_length}")
+        names = list(left)
+        total = len(known) + len(left)
+        owners = [self.owner(number) for number, *_ in left.values()]
+        for chosen, beside, places in self._groups(owners):
+
+            def keep(found: Mapping[int, Answer], chosen: Sequence[int] = chosen) -> None:
+                new = {names[chosen[i]]: answer for i, answer in found.items()}
+                known.update(new)
+                if self.store is not None:
+                    self.store.add({key: [a.labels, a.best, a.logprobs] for key, a in new.items()})
+                progress(len(known), total)
+
+            with beside or nullcontext():
+                token_scores(
+                    self.model,
+                    [rows[i] for i in chosen],
+                    self.batch_tokens,
+                    owner=places,
+                    enter=beside.enter if beside else lambda owners: None,
+                    batch_rows=self.batch_rows,
+                    each=keep,
+                )
+        return [known[key] for key in keys]
+
+    def continuations(
+        self,
+        asked: Sequence[tuple[int, str]],
+        texts: Sequence[str] = (),
+        limit: int = LIMIT,
+        progress: Tick = lambda done, total: None,
+    ) -> list[Said]:
+        """Greedy: what is said behind each (number of the fact, prompt), up to the end of the text, behind a token that
+        holds one of `texts` (`decoding.ending`), or `limit` tokens.
+
+        What is asked twice runs once. Raises `InputError` for a prompt that fills the model's longest row.
+        """
+        keys = [self._key("said", owner, prompt, [*texts], limit) for owner, prompt in asked]
+        known = {key: _said(value) for key, value in known_answers(self.store, keys).items()}
+        left = {key: each for key, each in zip(keys, asked, strict=True) if key not in known}
+        prompts = prompt_ids(self.model.tokenizer, [prompt for _, prompt in left.values()])
+        for (_, prompt), ids in zip(left.values(), prompts, strict=True):
+            if not 0 < len(ids) < self.model.max_length:
+                named = f"prompt {prompt[:60]!r} has {len(ids)} tokens"
+                raise InputError(f"{named}; expected 1 to {self.model.max_length - 1}, the model goes on from there")
+        names = list(left)
+        total = len(known) + len(left)
+        owners = [self.owner(number) for number, _ in left.values()]
+        end = ending(self.model, texts) if left else None
+        for chosen, beside, places in self._groups(owners):
+            assert end is not None
+            with beside or nullcontext():
+                told = continue_each(
+                    self.model,
+                    [prompts[i] for i in chosen],
+                    end,
+                    limit,
+                    beside=beside,
+                    owner=places,
+                    rows=self.batch_rows,
+                )
+                for number, said in told:
+                    key = names[chosen[number]]
+                    known[key] = said
+                    if self.store is not None:
+                        self.store.add({key: [said.ids, said.ended]})
+                    progress(len(known), total)
+        return [known[key] for key in keys]
+
+    def _groups(self, owners: Sequence[int]) -> Iterator[tuple[Sequence[int], Beside | None, Sequence[int]]]:
+        """(which questions, the deltas beside the weights, the place of each one's among them), so many deltas at once
+        as are kept on the device."""
+        if not owners:
+            return
+        if not self.deltas:
+            yield range(len(owners)), None, ()
+            return
+        distinct = sorted(set(owners))
+        for start in range(0, len(distinct), TOGETHER):
+            of = {owner: place for place, owner in enumerate(distinct[start : start + TOGETHER])}
+            chosen = [i for i, owner in enumerate(owners) if owner in of]
+            named = [owner for owner in of if owner != NOBODY]
+            place = {owner: at for at, owner in enumerate(named)} | {NOBODY: NOBODY}
+            beside = Beside(self.model, [self.deltas[owner] for owner in named])
+            yield chosen, beside, [place[owners[i]] for i in chosen]
+
+    def text(self, said: Said, special: bool = True) -> str:
+        """What was said, as text; special: tokens such as the end of the text are written out."""
+        text: str = self.model.tokenizer.decode(
+            list(said.ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def owner(self, number: int) -> int:
+        """The delta that a fact is asked under, `NOBODY` for none: what is asked under the same one runs once."""
+        return number if self.deltas else NOBODY
+
+    def _key(self, kind: str, owner: int, *asked: Any) -> str:
+        return question_key(kind, self._digest(owner), *asked)
+
+    def _digest(self, owner: int) -> str:
+        """Of the fact's delta; "" for the weights as they are."""
+        if not self.deltas or owner == NOBODY:
+            return ""
+        if owner not in self._digests:
+            self._digests[owner] = digest_of(self.deltas[owner])
+        return self._digests[owner]
+
+
+def digest_of(update: Update) -> str:
+    """24 hex digits over every number of it."""
+    parts = hashlib.sha256()
+    for name, factors in sorted(update.items()):
+        for side in (factors.left, factors.right):
+            if side is not None:
+                parts.update(f"{name}:{tuple(side.shape)}".encode())
+                parts.update(side.detach().cpu().contiguous().numpy().tobytes())
+    return parts.hexdigest()[:24]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are there; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _answer(value: Any) -> Answer:
+    labels, best, logprobs = value
+    return Answer(tuple(labels), tuple(best), tuple(logprobs))
+
+
+def _said(value: Any) -> Said:
+    ids, ended = value
+    return Said(tuple(ids), ended)

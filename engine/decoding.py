@@ -1,0 +1,518 @@
+"""What a model goes on to say, greedily: many prompts at once, keys and values kept, stopped by what a token holds.
+
+Prompts are read in batches padded on the right, without a mask; a beginning that all of them share is read once. What
+is kept of each is then moved so that all rows end in one column, and a step reads one token of each row. Rows that are
+done leave, and when half of the places are free waiting prompts take them: a row's path depends on nothing but its
+prompt (in exact arithmetic).
+
+A family that cannot be continued so (`can_keep` tries it) is read anew for every token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..kernels.errors import InputError
+from ..stats.collect import batches
+from ..stats.memory import free_bytes
+from .beside import Beside
+from .model import Model
+from .passes import MEMORY_SHARE, Stop, forward, forward_bytes, fused, hooks, tokens_that_fit
+from .phases import Tick
+from .prompts import prompt_ids
+
+LIMIT = 50  # tokens of an answer (arXiv 2502.11177)
+CPU_ROWS, GPU_ROWS = 128, 1024  # continued at once
+LEAST_SHARED = 4  # tokens of a common beginning that are worth a forward of their own
+ROOM = 16  # columns that are added together
+DEAD = 1 / 8  # share of rows that have ended, from which on they are taken out: that copies the rest
+POLL = 8  # steps of a GPU between two looks at what was said: each look waits for it
+TRIAL = (5, 2, 9)  # tokens of the prompts that `can_keep` tries, which goes on by as many as the second
+TOLERANCE = 1e-3  # of the largest logit, in float32: what keeping may change there
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where an answer ends: behind the first token that `table` has, or whose text completes one of `spelled`.
+
+    table: [vocab] bool on the CPU; spelled: texts that several tokens may spell; surface: the text of each token id,
+    empty where nothing is spelled
+    """
+
+    table: Tensor
+    spelled: tuple[str, ...] = ()
+    surface: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Said:
+    """ids: the tokens behind the prompt, the one that ended it among them; ended: "stop", or "length" at the limit."""
+
+    ids: tuple[int, ...]
+    ended: str
+
+
+def surfaces(tokenizer: Any, vocab: int) -> tuple[str, ...]:
+    """The text of each token id as it stands within a text: with its space, special tokens as they are written."""
+    prefix = tokenizer("abcdef", add_special_tokens=False)["input_ids"]
+    known = min(vocab, len(tokenizer))
+    whole = tokenizer.batch_decode(
+        [[*prefix, i] for i in range(known)], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    before = tokenizer.decode(prefix, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tuple(text.removeprefix(before) for text in whole) + ("",) * (vocab - known)
+
+
+def ending(model: Model, texts: Sequence[str] = ()) -> Ending:
+    """At the end of the text, and behind any token that holds one of these texts anywhere (arXiv 2502.11177: "." and
+    a line break): the whole token counts as said.
+
+    The end of the text also counts where ordinary tokens spell it, as in the stop strings of transformers.
+    """
+    tokenizer = model.tokenizer
+    config = getattr(model.hf, "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    ids = [*(named if isinstance(named, (list, tuple)) else [named]), tokenizer.eos_token_id]
+    table = torch.zeros(model.anatomy.vocab, dtype=torch.bool)
+    table[[i for i in ids if i is not None and i < len(table)]] = True
+    if not texts:
+        return Ending(table)
+    surface = surfaces(tokenizer, len(table))
+    spelled = tuple(text for text in (tokenizer.eos_token,) if text)
+    table |= torch.tensor([any(text in token for text in (*texts, *spelled)) for token in surface])
+    return Ending(table, spelled, surface)
+
+
+@torch.no_grad()
+def continue_each(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    end: Ending,
+    limit: int = LIMIT,
+    *,
+    beside: Beside | None = None,
+    owner: Sequence[int] = (),
+    rows: int | None = None,
+    progress: Tick = lambda done, total: None,
+) -> Iterator[tuple[int, Said]]:
+    """(number of the prompt, what is said behind it), each as it ends.
+
+    prompts: token ids, one at least
+    limit: tokens at most; a row that reaches the model's longest one ends there
+    beside: deltas beside the weights, entered; owner: the delta of each prompt, -1 for none
+    rows: continued at once; None: from the free memory
+    Raises `InputError` for a prompt that fills the model's longest row.
+    """
+    for ids in prompts:
+        if not 0 < len(ids) < model.max_length:
+            raise InputError(f"a prompt of {len(ids)} tokens cannot be continued: the model takes {model.max_length}")
+    if not prompts or limit < 1:
+        return
+    with fused(model):
+        keep = can_keep(model, None if beside is None else beside)
+        run = _Run(model, prompts, end, limit, beside, owner, keep)
+        places = rows or _places(model, max(map(len, prompts)) + limit)
+        waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        running: _Rows | None = None
+        done = 0
+        while waiting or running is not None:
+            ended: list[tuple[int, Said]] = []
+            if running is not None and run.due(running):
+                ended, running = run.look(running)
+            if waiting and (running is None or (not running.unseen and sum(running.live) <= places // 2)):
+                free = places - (0 if running is None else sum(running.live))
+                at_once, fresh = run.look(run.read(waiting[:free]))
+                del waiting[:free]
+                ended += at_once
+                if fresh is not None:
+                    running = fresh if running is None else running.chosen().with_others(fresh.chosen())
+            for number, answer in ended:
+                done += 1
+                yield number, answer
+            if ended:
+                progress(done, len(prompts))
+            if running is not None:
+                run.step(running)
+
+
+def _places(model: Model, longest: int) -> int:
+    config: Any = model.hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = model.dtype.itemsize
+    a_row = longest * 4.0 * heads * width * model.anatomy.n_layers * size  # keys and values, twice while rows move
+    cap = GPU_ROWS if model.device.type == "cuda" else CPU_ROWS
+    return max(1, min(cap, int(MEMORY_SHARE * free_bytes(model.device) / a_row)))
+
+
+class _Layer(DynamicLayer):
+    """One layer's keys and values [rows, heads, columns, width], with room behind them: a step copies nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, stop = self.columns, self.columns + key_states.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = (_with_room(t[:, :, :0], stop) for t in (key_states, value_states))
+        elif stop > self.keys.shape[2]:
+            self.keys, self.values = (_with_room(t[:, :, :start], stop + ROOM) for t in (self.keys, self.values))
+        self.keys[:, :, start:stop] = key_states
+        self.values[:, :, start:stop] = value_states
+        self.columns = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def hold(self, keys: Tensor, values: Tensor, columns: int) -> None:
+        """These tensors, of which the first columns are filled."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.columns = keys, values, columns
+
+
+def _with_room(held: Tensor, columns: int) -> Tensor:
+    made = held.new_zeros(*held.shape[:2], columns, held.shape[3])
+    made[:, :, : held.shape[2]] = held
+    return made
+
+
+class _Kept(Cache):
+    """What attention keeps of the tokens that were read, layer by layer."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_Layer)
+
+    @property
+    def columns(self) -> int:
+        return self.layers[0].columns if self.layers else 0  # type: ignore[union-attr]
+
+    def each(self, change: Callable[[Tensor], Tensor], columns: int) -> "_Kept":
+        """With every layer's buffers changed; columns: how many are filled then."""
+        made = _Kept()
+        for layer in self.layers:
+            made.layers.append(_Layer())
+            made.layers[-1].hold(change(layer.keys), change(layer.values), columns)  # type: ignore[union-attr, arg-type]
+        return made
+
+
+def joined(parts: Sequence[_Kept], columns: int) -> _Kept:
+    """One below the other, all ending in column `columns`, with room for a few steps behind it."""
+    made = _Kept()
+    for layers in zip(*(part.layers for part in parts), strict=True):
+        made.layers.append(_Layer())
+        sides = [
+            torch.cat([_ending_at(getattr(layer, side), layer.columns, columns) for layer in layers])
+            for side in ("keys", "values")
+        ]  # type: ignore[union-attr]
+        made.layers[-1].hold(*sides, columns)  # type: ignore[union-attr]
+    return made
+
+
+def _ending_at(held: Tensor, filled: int, columns: int) -> Tensor:
+    return nn.functional.pad(held[:, :, :filled], (0, 0, columns - filled, ROOM))
+
+
+@dataclass
+class _Rows:
+    """Rows that are continued.
+
+    numbers: which prompt each is; live: whether it goes on; said: its tokens that were looked at
+    tails: the text that its last tokens spell
+    kept: of all tokens but `next`; None where nothing is kept
+    real: [rows, columns] int64, which columns of what is kept are not empty
+    next: [rows] the last token, not read yet; at: [rows] its position
+    unseen: tokens of the steps since the last look, each [rows]
+    """
+
+    numbers: list[int]
+    live: list[bool]
+    said: list[list[int]]
+    tails: list[str]
+    kept: _Kept | None
+    real: Tensor
+    next: Tensor
+    at: Tensor
+    unseen: list[Tensor]
+
+    def chosen(self) -> "_Rows":
+        """Those that go on; columns that none of them fills are gone."""
+        places = [place for place, live in enumerate(self.live) if live]
+        if len(places) == len(self.live):
+            return self
+        index = torch.tensor(places, device=self.next.device)
+        real, kept, empty = self.real[index], None, 0
+        if self.kept is not None:
+            empty = int((real.cumsum(1) == 0).all(0).sum())
+            kept = self.kept.each(lambda side: side[index.to(side.device), :, empty:], real.shape[1] - empty)
+        return _Rows(
+            [self.numbers[i] for i in places],
+            [True] * len(places),
+            [self.said[i] for i in places],
+            [self.tails[i] for i in places],
+            kept,
+            real[:, empty:],
+            self.next[index],
+            self.at[index],
+            [tokens[index] for tokens in self.unseen],
+        )
+
+    def with_others(self, others: "_Rows") -> "_Rows":
+        """Both, moved so that all end in one column."""
+        columns = max(self.real.shape[1], others.real.shape[1])
+        parts = (self, others)
+        kept = None
+        if self.kept is not None and others.kept is not None:
+            kept = joined([part.kept for part in parts if part.kept is not None], columns)
+        return _Rows(
+            self.numbers + others.numbers,
+            self.live + others.live,
+            self.said + others.said,
+            self.tails + others.tails,
+            kept,
+            torch.cat([nn.functional.pad(part.real, (columns - part.real.shape[1], 0)) for part in parts]),
+            torch.cat([part.next for part in parts]),
+            torch.cat([part.at for part in parts]),
+            [],
+        )
+
+
+class _Run:
+    """What all steps of one call share."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        end: Ending,
+        limit: int,
+        beside: Beside | None,
+        owner: Sequence[int],
+        keep: bool,
+    ) -> None:
+        self.model, self.prompts, self.end, self.limit, self.keep = model, prompts, end, limit, keep
+        self.beside, self.owner = beside, owner
+        self.stops = set(end.table.nonzero()[:, 0].tolist())
+        self.spells = max(map(len, end.spelled), default=0)
+        self.poll = POLL if model.device.type == "cuda" else 1
+        self.entered: list[int] | None = None
+
+    def _enter(self, numbers: list[int]) -> None:
+        if self.beside is not None and numbers != self.entered:
+            self.beside.owner = torch.tensor([self.owner[i] for i in numbers], dtype=torch.int64)
+        self.entered = list(numbers)
+
+    def read(self, numbers: Sequence[int]) -> _Rows:
+        """Prompts read, each with its first token."""
+        model, prompts = self.model, self.prompts
+        shared = self._shared(numbers) if self.keep else 0
+        beginnings = self._beginnings(numbers, shared) if shared else None
+        parts: list[_Rows] = []
+        rests = [len(prompts[i]) - shared for i in numbers]
+        for batch in batches(rests, tokens_that_fit(model, forward_bytes(model))):
+            chosen = [numbers[i] for i in batch]
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(prompts[i][shared:]) for i in chosen], batch_first=True)
+            kept = (
+                (_Kept() if beginnings is None else self._begun(beginnings, chosen, ids.shape[1]))
+                if self.keep
+                else None
+            )
+            more: dict[str, Any] = {}
+            if shared:
+                more["position_ids"] = (shared + torch.arange(ids.shape[1], device=model.device)).expand(*ids.shape)
+            self._enter(chosen)
+            hidden = self._hidden(ids.to(model.device), kept, **more)
+            lengths = torch.tensor([len(prompts[i]) for i in chosen], device=hidden.device)
+            best = self._best(hidden[torch.arange(len(chosen), device=hidden.device), lengths - shared - 1])
+            columns = int(lengths.max())
+            # padded on the right so far: moved so that all end in the last column
+            place = torch.arange(columns, device=lengths.device) - (columns - lengths[:, None])
+            if kept is not None:
+                kept = kept.each(partial(_taken, place=place.clamp_min(0)), columns)
+            spelled = [
+                self._tail("".join(self.end.surface[t] for t in prompts[i][-self.spells :] if self.spells))
+                for i in chosen
+            ]
+            parts.append(
+                _Rows(
+                    chosen,
+                    [True] * len(chosen),
+                    [[] for _ in chosen],
+                    spelled,
+                    kept,
+                    (place >= 0).long().to(model.device),
+                    best,
+                    lengths.to(model.device),
+                    [],
+                )
+            )
+        whole = reduce(_Rows.with_others, parts)
+        whole.unseen = [whole.next]
+        return whole
+
+    def _shared(self, numbers: Sequence[int]) -> int:
+        """Tokens that all these prompts begin with, where they are worth it; each has one more at least."""
+        if len(numbers) < 2:
+            return 0
+        low, high = min(self.prompts[i] for i in numbers), max(self.prompts[i] for i in numbers)
+        same = next((at for at, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+        same = min(same, min(len(self.prompts[i]) for i in numbers) - 1)
+        return same if same >= LEAST_SHARED else 0
+
+    def _beginnings(self, numbers: Sequence[int], shared: int) -> tuple[dict[int, int], _Kept]:
+        """What is kept of the common beginning under each delta, and where each delta's stands."""
+        owners = {self.owner[i] if self.beside is not None else -1: i for i in numbers}
+        kept = _Kept()
+        chosen = list(owners.values())
+        self._enter(chosen)
+        ids = torch.tensor([self.prompts[i][:shared] for i in chosen], device=self.model.device)
+        self._hidden(ids, kept)
+        return {name: place for place, name in enumerate(owners)}, kept
+
+    def _begun(self, beginnings: tuple[dict[int, int], _Kept], chosen: list[int], more: int) -> _Kept:
+        places, held = beginnings
+        index = torch.tensor([places[self.owner[i] if self.beside is not None else -1] for i in chosen])
+        room = held.columns + more
+        return held.each(lambda side: _with_room(side[index.to(side.device), :, : held.columns], room), held.columns)
+
+    def step(self, rows: _Rows) -> None:
+        """One token more of each row."""
+        self._enter(rows.numbers)
+        if rows.kept is None:
+            rows.next = self._anew(rows)
+        else:
+            rows.real = nn.functional.pad(rows.real, (0, 1), value=1)
+            hidden = self._hidden(
+                rows.next[:, None], rows.kept, position_ids=rows.at[:, None], attention_mask=rows.real
+            )
+            rows.next = self._best(hidden[:, -1])
+        # a row that has ended goes along until it is taken out, and models have no positions past their longest row
+        rows.at = (rows.at + 1).clamp_max(self.model.max_length - 1)
+        rows.unseen.append(rows.next)
+
+    def due(self, rows: _Rows) -> bool:
+        """Whether to look at what was said: each look waits for the device."""
+        return len(rows.unseen) >= self.poll
+
+    def look(self, rows: _Rows) -> tuple[list[tuple[int, Said]], _Rows | None]:
+        """(what has ended, the rows as they go on: None where none does)."""
+        new = torch.stack(rows.unseen, 1).tolist()
+        rows.unseen = []
+        ended: list[tuple[int, Said]] = []
+        for place, (number, tokens) in enumerate(zip(rows.numbers, new, strict=True)):
+            if not rows.live[place]:
+                continue
+            said = rows.said[place]
+            room = min(self.limit, self.model.max_length - len(self.prompts[number]))
+            for token in tokens:
+                said.append(token)
+                stopped = token in self.stops or self._spelled(rows, place, token)
+                if stopped or len(said) >= room:
+                    ended.append((number, Said(tuple(said), "stop" if stopped else "length")))
+                    rows.live[place] = False
+                    break
+        alive = sum(rows.live)
+        if not alive:
+            return ended, None
+        return ended, rows.chosen() if alive <= len(rows.live) * (1 - DEAD) else rows
+
+    def _spelled(self, rows: _Rows, place: int, token: int) -> bool:
+        if not self.spells:
+            return False
+        tail = rows.tails[place] + self.end.surface[token]
+        rows.tails[place] = self._tail(tail)
+        return any(text in tail for text in self.end.spelled)
+
+    def _tail(self, text: str) -> str:
+        """As much as can be the beginning of what the next token completes: nothing that is whole already."""
+        return text[-self.spells + 1 :] if self.spells > 1 else ""
+
+    def _anew(self, rows: _Rows) -> Tensor:
+        """The next token of each row by reading it all again."""
+        fresh = torch.stack(rows.unseen, 1).tolist() if rows.unseen else [[] for _ in rows.numbers]
+        whole = [
+            [*self.prompts[i], *said, *new][: self.model.max_length]
+            for i, said, new in zip(rows.numbers, rows.said, fresh, strict=True)
+        ]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in whole], batch_first=True)
+        hidden = self._hidden(ids.to(self.model.device), None)
+        last = torch.tensor([len(row) - 1 for row in whole], device=hidden.device)
+        return self._best(hidden[torch.arange(len(whole), device=hidden.device), last])
+
+    def _best(self, hidden: Tensor) -> Tensor:
+        best: Tensor = self.model.logits(hidden).argmax(-1)
+        return best.to(self.model.device)
+
+    def _hidden(self, ids: Tensor, kept: _Kept | None, **more: Any) -> Tensor:
+        return _before_head(self.model, ids, kept, **more)
+
+
+def _before_head(model: Model, ids: Tensor, kept: _Kept | None, **more: Any) -> Tensor:
+    """What the head would read, [rows, T, d_model]."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise Stop
+
+    with hooks(model.head.register_forward_pre_hook(keep)):
+        forward(model, ids, **({} if kept is None else {"past_key_values": kept, "use_cache": True} | more))
+    return seen[0]
+
+
+def _taken(held: Tensor, place: Tensor) -> Tensor:
+    """[rows, heads, columns, width]: of each row the columns at these places [rows, columns]."""
+    index = place.to(held.device)[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+    return nn.functional.pad(held.gather(2, index), (0, 0, 0, ROOM))
+
+
+def continuations(model: Model, prompts: Sequence[str], tokens: int) -> list[str]:
+    """What the model says behind each prompt, `tokens` tokens at most; nothing behind one that fills its longest row."""
+    coded = prompt_ids(model.tokenizer, prompts)
+    fits = [i for i, ids in enumerate(coded) if 0 < len(ids) < model.max_length]
+    said = dict(continue_each(model, [coded[i] for i in fits], ending(model), tokens))
+    texts = [""] * len(prompts)
+    for place, i in enumerate(fits):
+        texts[i] = model.tokenizer.decode(said[place].ids, skip_special_tokens=True)
+    return texts
+
+
+@torch.no_grad()
+def can_keep(model: Model, beside: Beside | None = None) -> bool:
+    """Whether rows of several lengths can be continued from what was kept of them, by trying: logits are as of rows
+    that are read anew.
+
+    False where a family takes no positions or masks, or keeps something of its own.
+    """
+    more = TRIAL[1]
+    tokens = [[(i * 7919 + j * 104729) % model.anatomy.vocab for j in range(n + more)] for i, n in enumerate(TRIAL, 1)]
+    prompts = [row[:-more] for row in tokens]
+    never = Ending(torch.zeros(model.anatomy.vocab, dtype=torch.bool))
+    run = _Run(model, prompts, never, more, beside, [-1] * len(prompts), True)
+    try:
+        rows = run.read(range(len(prompts)))
+        assert rows.kept is not None
+        for step in range(more):
+            rows.real = nn.functional.pad(rows.real, (0, 1), value=1)
+            read = torch.tensor([tokens[i][len(prompts[i]) + step] for i in rows.numbers], device=model.device)
+            run._enter(rows.numbers)
+            kept = run._hidden(read[:, None], rows.kept, position_ids=rows.at[:, None] + step, attention_mask=rows.real)
+        for place, number in enumerate(rows.numbers):
+            run._enter([number])
+            alone = run._hidden(torch.tensor([tokens[number]], device=model.device), None)
+            wanted, found = model.logits(alone[0, -1:]), model.logits(kept[place, -1:])
+            eps = max(TOLERANCE, 8 * torch.finfo(model.dtype).eps)
+            if not bool((found - wanted).abs().max() <= eps * wanted.abs().max().clamp_min(1)):
+                return False
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a family says to positions, masks or what is kept
+        return False
+    return True
