@@ -6,7 +6,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,20 @@ from ..kernels.errors import InputError
 from ..stats import Corpus, cache_root
 from ..stats.projections import Projections, read_projections
 from ..stats.ranks import ALONE, Ranks
-from .delta import Delta, EditedWeights, Provisional
-from .editors.registry import Job, Outcome, find_method
+from .decoding import continuations
+from .delta import Delta, EditedWeights, Factors
+from .editors.registry import Job, find_method
+from .edits import Edit, Iteration, Singles, iteration_of, seconds_since
 from .evaluation import evaluate
 from .facts import Fact, InvalidFact, digest, to_record
 from .held import Held
 from .hparams import load_hparams
 from .model import Model, editable
 from .objective import Objective
-from .passes import continuations, sample_contexts
+from .passes import sample_contexts
 from .phases import Listener, Phases, silent
 from .prompts import check_contexts
 from .report import implementations, versions
-from .scores import perplexity
 from .value_store import value_folder
 from .values import of_all, perplexities
 
@@ -40,57 +41,6 @@ ABOUT = (
     *("facts_digest", "fact_count", "versions"),
 )
 SAID_TOKENS = 6  # how much the report quotes of what the model says
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One applied edit.
-
-    report: everything: phases, iterations, layers, every fact before and after
-    keys: that it left in the method's state, where that holds keys
-    """
-
-    id: str
-    facts: tuple[Fact, ...]
-    report: dict[str, Any]
-    keys: int
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """One pass of an edit (arXiv 2503.11895). Perplexities are exp(nll) of a fact's target over its token rows under
-    all templates, those of its neighbours among them where they entered the values.
-
-    number: from 1
-    facts: of each: init_ppl (as weights were; of ROME behind the facts before it), opt_ppl (with its delta added),
-        spread_ppl (with weights written)
-    initial, optimization, spread: their means over facts
-    seconds: of each phase
-    """
-
-    number: int
-    facts: list[dict[str, float]]
-    initial: float
-    optimization: float
-    spread: float
-    seconds: dict[str, float]
-
-
-def _iteration(number: int, outcome: Outcome, spread: Sequence[float], seconds: dict[str, float]) -> Iteration:
-    facts = [
-        {"init_ppl": perplexity(of["nll_before"]), "opt_ppl": perplexity(of["nll_with_delta"]), "spread_ppl": after}
-        for of, after in zip(outcome.facts, spread, strict=True)
-    ]
-
-    def mean(name: str) -> float:
-        return sum(fact[name] for fact in facts) / len(facts)
-
-    return Iteration(number, facts, mean("init_ppl"), mean("opt_ppl"), mean("spread_ppl"), seconds)
-
-
-def _since(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each phase that has run since."""
-    return {name: round(t - before.get(name, 0.0), 4) for name, t in now.items() if t > before.get(name, 0.0)}
 
 
 class EditSession:
@@ -203,12 +153,7 @@ class EditSession:
     ) -> tuple[Edit, Any]:
         editable(self.model)
         phases = Phases(self.listener)
-        with phases("contexts"):
-            if self.contexts is None:
-                asked = self.hparams.context_template_length_params
-                sampled = sample_contexts(self.model, self.seed, asked) if self.ranks.first else None
-                self.contexts = self.ranks.same(sampled)
-            assert self.contexts is not None
+        self._sample(phases)
         iterations, stop_gap, watch = passes
         done: list[dict[str, Any]] = []
         state = self._state
@@ -233,7 +178,7 @@ class EditSession:
                     spread = self.ranks.same(measured) or []
                 if number == 1:
                     first_nll = [result["nll_before"] for result in outcome.facts]
-                now = _iteration(number, outcome, spread, _since(spent, phases.seconds))
+                now = iteration_of(number, outcome, spread, seconds_since(spent, phases.seconds))
                 done.append(
                     {name: value for name, value in asdict(now).items() if name != "facts"}
                     | {"layers": outcome.layers, "values": outcome.values}
@@ -263,7 +208,34 @@ class EditSession:
         keys = len(facts) * (len(done) if self.compat else 1)
         return Edit(report["id"], facts, report, keys), outcome.state
 
-    def _job(self, facts: tuple[Fact, ...], put: Provisional, phases: Phases, state: Any) -> Job:
+    def edit_each(self, facts: Sequence[Fact]) -> Singles:
+        """Each fact edited alone, as if it were the only edit of the weights as they are, all in one batch.
+
+        Nothing is written: `rewire.evaluate(model, facts, deltas=singles.updates)` measures each fact under its own.
+        Raises `InputError` as `edit`, and in a session that has edits.
+        """
+        if self.edits:
+            raise InputError("each fact alone: this session has edits; begin a new one")
+        facts = tuple(facts)
+        editable(self.model)
+        phases = Phases(self.listener)
+        with using(self.impl):
+            self._sample(phases)
+            job = self._job(facts, _refuse, phases, None)
+            self.method.check(job)
+            updates, told = self.method.alone(job)
+        seconds = {name: round(seconds, 4) for name, seconds in phases.seconds.items()}
+        return Singles(updates, {**self._describe(facts), "seconds": seconds, "facts": told})
+
+    def _sample(self, phases: Phases) -> None:
+        """Context templates, where none were given."""
+        with phases("contexts"):
+            if self.contexts is None:
+                asked = self.hparams.context_template_length_params
+                sampled = sample_contexts(self.model, self.seed, asked) if self.ranks.first else None
+                self.contexts = self.ranks.same(sampled)
+
+    def _job(self, facts: tuple[Fact, ...], put: Callable[[str, Factors], float], phases: Phases, state: Any) -> Job:
         assert self.contexts is not None
         return Job(
             self.model,
@@ -368,6 +340,10 @@ def _warn_of_contradictions(facts: Sequence[Fact]) -> None:
     if twice:
         count = "1 prompt" if len(twice) == 1 else f"{len(twice)} prompts"
         log.warning("several new objects are asked of %s (first: %r): the facts contradict, none wins", count, twice[0])
+
+
+def _refuse(name: str, factors: Factors) -> float:
+    raise AssertionError("a fact alone writes nothing")
 
 
 def _write(path: Path, text: str) -> None:

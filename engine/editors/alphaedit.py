@@ -6,6 +6,7 @@ edits, so that those stay as they are. C itself, and lambda, do not enter.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from pydantic import Field
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..delta import Factors
 from ..hparams import Hparams
 from ..solve import alphaedit_update
 from . import spreading
+from .alone import edit_alone
 from .registry import Job, Method, Outcome, forget_keys
 
 
@@ -46,4 +48,11 @@ def edit(job: Job) -> Outcome:
     return replace(outcome, state=grown)
 
 
-METHOD = Method("alphaedit", AlphaEditHparams, check, edit, forget=forget_keys)
+def directions(job: Job, name: str, K: Tensor) -> tuple[Tensor, float]:
+    """Of one key: u = P k, c = L2."""
+    return job.space(name, job.hparams.nullspace_threshold).project(K), job.hparams.L2
+
+
+METHOD = Method(
+    "alphaedit", AlphaEditHparams, check, edit, partial(edit_alone, directions=directions), forget=forget_keys
+)

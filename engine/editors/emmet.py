@@ -4,14 +4,18 @@ At each layer Delta = Rᵀ (K C'⁻¹ Kᵀ + emmet_lambda I)⁻¹ K C'⁻¹ with
 With emmet_lambda 0 the constraint holds exactly; else it is MEMIT's update with lambda C := emmet_lambda C'.
 """
 
+from functools import partial
+
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...kernels.spd_solve import SolveInfo
+from ...kernels.spd_solve import SolveInfo, regular_factor
 from ..delta import Factors
 from ..hparams import Hparams
-from ..solve import memit_update
+from ..solve import inverse_times, memit_update
 from . import spreading
+from .alone import edit_alone
 from .registry import Job, Method, Outcome
 
 
@@ -37,4 +41,17 @@ def edit(job: Job) -> Outcome:
     return spreading.edit(job, solve)
 
 
-METHOD = Method("emmet", EmmetHparams, spreading.check, edit)
+def directions(job: Job, name: str, K: Tensor) -> tuple[Tensor, float]:
+    """Of one key: u = C'⁻¹ k, c = emmet_lambda."""
+    asked = job.hparams
+    C = job.moments([name])[name]
+    if not asked.update_norm_lambda:
+        U, _ = inverse_times(K, C, lambda: job.factor(name))
+        return U / asked.mom2_update_weight, asked.emmet_lambda
+    C = C.to(K.device, torch.float64, copy=True).mul_(asked.mom2_update_weight)
+    C.diagonal().add_(asked.update_norm_lambda)
+    U, _ = inverse_times(K, C, lambda: regular_factor(C))
+    return U, asked.emmet_lambda
+
+
+METHOD = Method("emmet", EmmetHparams, spreading.check, edit, partial(edit_alone, directions=directions))

@@ -3,13 +3,16 @@
 At each layer Delta = Rᵀ Xᵀ with (lambda C + Kᵀ K) X = Kᵀ; lambda is `mom2_update_weight`.
 """
 
+from functools import partial
+
 from torch import Tensor
 
 from ...kernels.spd_solve import SolveInfo
 from ..delta import Factors
 from ..hparams import Hparams
-from ..solve import memit_update
+from ..solve import inverse_times, memit_update
 from . import spreading
+from .alone import edit_alone
 from .registry import Job, Method, Outcome
 
 
@@ -21,4 +24,10 @@ def edit(job: Job) -> Outcome:
     return spreading.edit(job, solve)
 
 
-METHOD = Method("memit", Hparams, spreading.check, edit)
+def directions(job: Job, name: str, K: Tensor) -> tuple[Tensor, float]:
+    """Of one key: u = (lambda C)⁻¹ k, c = 1."""
+    U, _ = inverse_times(K, job.moments([name])[name], lambda: job.factor(name))
+    return U / job.hparams.mom2_update_weight, 1.0
+
+
+METHOD = Method("memit", Hparams, spreading.check, edit, partial(edit_alone, directions=directions))

@@ -14,7 +14,7 @@ from ...kernels.spd_solve import KeySystem, SolveInfo
 from ..delta import Factors
 from ..hparams import Hparams
 from ..solve import memit_history_update
-from . import spreading
+from . import memit, spreading
 from .registry import Job, Method, Outcome, forget_keys
 
 
@@ -31,4 +31,4 @@ def edit(job: Job) -> Outcome:
     return replace(spreading.edit(job, solve), state=grown)
 
 
-METHOD = Method("memit-history", Hparams, spreading.check, edit, forget=forget_keys)
+METHOD = Method("memit-history", Hparams, spreading.check, edit, memit.METHOD.alone, forget=forget_keys)

@@ -7,6 +7,7 @@ in `rewrite_module_tmps`, each has its own keys, C and residual, read before eit
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from pydantic import Field
 from torch import Tensor
@@ -14,11 +15,12 @@ from torch import Tensor
 from ...kernels.errors import InputError
 from ...kernels.spd_solve import SolveInfo
 from ..anatomy import Anatomy
-from ..delta import Factors
+from ..delta import Factors, Update
 from ..hparams import Hparams
 from ..objective import ATTENTION, MLP
 from ..solve import memit_update
-from . import spreading
+from . import memit, spreading
+from .alone import edit_alone
 from .registry import Job, Method, Outcome
 
 
@@ -67,4 +69,8 @@ def edit(job: Job) -> Outcome:
     return spreading.edit(job, solve, spreading.by_root, written(job))
 
 
-METHOD = Method("pmet", PmetHparams, check, edit, site=(MLP, ATTENTION))
+def alone(job: Job) -> tuple[list[Update], list[dict[str, Any]]]:
+    return edit_alone(job, memit.directions, spreading.by_root, written(job))
+
+
+METHOD = Method("pmet", PmetHparams, check, edit, alone, site=(MLP, ATTENTION))

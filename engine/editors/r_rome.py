@@ -10,4 +10,11 @@ from ..objective import MLP
 from . import rome
 from .registry import Method
 
-METHOD = Method("r-rome", rome.RomeHparams, rome.check, partial(rome.edit, averaged=True), site=(MLP,))
+METHOD = Method(
+    "r-rome",
+    rome.RomeHparams,
+    rome.check,
+    partial(rome.edit, averaged=True),
+    partial(rome.alone, averaged=True),
+    site=(MLP,),
+)

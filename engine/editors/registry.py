@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kernels.errors import InputError
 from ...kernels.spd_solve import Factor, KeySystem, NullSpace
 from ...stats.ranks import ALONE, Ranks
-from ..delta import Factors
+from ..delta import Factors, Update
 from ..facts import Fact
 from ..hparams import Hparams
 from ..model import Model
@@ -69,6 +69,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Method:
     """check: raises `InputError` for what cannot be edited, before the long work; edit: does it, through `job.put`;
+    alone: edits each fact as if it were the only one: (its update, what a report says) of each, and writes nothing;
     site: where its values' variables are; forget: (state, n) -> the state without its last n keys, for an undone edit.
     """
 
@@ -76,6 +77,7 @@ class Method:
     hparams: type[Hparams]
     check: Callable[[Job], None]
     edit: Callable[[Job], Outcome]
+    alone: Callable[[Job], tuple[list[Update], list[dict[str, Any]]]]
     site: tuple[str, ...] = (BLOCK,)
     forget: Callable[[Any, int], Any] = lambda state, keys: None
 

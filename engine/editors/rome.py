@@ -11,13 +11,14 @@ so that the plain prompt gives v. What the layer reads does not depend on its we
 
 import contextlib
 import hashlib
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ...kernels.spd_solve import SolveInfo
-from ..delta import Factors
+from ..delta import Factors, Update
 from ..hparams import Hparams
 from ..keys import KeyWalk, flat_weights
 from ..objective import MLP
@@ -26,6 +27,7 @@ from ..solve import inverse_times
 from ..value_turns import values_in_turn
 from ..values import Values, merged, summary
 from . import spreading
+from .alone import alone_values, measure_each, write_each
 from .registry import Job, Method, Outcome
 
 
@@ -105,4 +107,27 @@ def _digest(job: Job, name: str) -> str:
     return hashlib.sha256(diagonal.cpu().numpy().tobytes()).hexdigest()[:24]
 
 
-METHOD = Method("rome", RomeHparams, check, edit, site=(MLP,))
+def alone(job: Job, averaged: bool = False) -> tuple[list[Update], list[dict[str, Any]]]:
+    """Each fact as the first of a session; averaged: as of `edit`."""
+    model, (layer,) = job.model, job.hparams.layers
+    name = model.anatomy.layer_name(layer)
+    values = alone_values(job)
+    with job.phases("keys"):
+        rows = subject_rows(model.tokenizer, job.facts, (PLAIN, *job.contexts), model.max_length)
+        K = measure_each(model, rows, layer, layer, (MLP,), (), weigh=flat_weights)["mlp key"]
+        plain = measure_each(model, [of[:1] for of in rows], layer, layer, (MLP,), (), weigh=flat_weights)["mlp key"]
+    with job.phases("solve"):
+        U, _ = _directions(job, name, K)
+        key = K if averaged else plain
+        R = values.Z.to(U.device) - _given(model.projection(layer), key)
+        updates: list[Update] = [{} for _ in job.facts]
+        write_each(updates, f"{name}.weight", R, U, (key.double() * U).sum(1))
+    asked = (values.Z - values.h0).norm(dim=1)
+    # what the plain prompt gives then: W k* + r (u . k*)
+    moved = R * ((plain.double() * U).sum(1) / (key.double() * U).sum(1))[:, None]
+    given = _given(model.projection(layer), plain)
+    left = (values.Z.to(U.device) - given - moved).norm(dim=1)
+    return updates, spreading.told(values, asked, left.to(asked.device))
+
+
+METHOD = Method("rome", RomeHparams, check, edit, alone, site=(MLP,))

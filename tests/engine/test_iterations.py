@@ -13,10 +13,11 @@ import torch
 
 import rewire
 from rewire.engine.delta import Factors, Provisional
+from rewire.engine.edits import Iteration
 from rewire.engine.entry import gate
 from rewire.engine.model import demo_file
 from rewire.engine.objective import ATTENTION, MLP
-from rewire.engine.session import EditSession, Iteration
+from rewire.engine.session import EditSession
 from rewire.engine.value_turns import values_in_turn
 from rewire.engine.values import optimise_values
 from rewire.stats import cache_root
