@@ -104,6 +104,21 @@ class EditedWeights:
             self._restore(name, total)
         self.updates.pop()
 
+    @contextmanager
+    def originals_in_place(self) -> Iterator[None]:
+        """Inside, the model's weights are the unedited ones; afterwards what they were before, bit for bit."""
+        edited: dict[str, Tensor] = {}
+        try:
+            with torch.no_grad():
+                for name, original in self.originals.items():
+                    edited[name] = self._parameter(name).detach().clone()
+                    self._parameter(name).copy_(original)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in edited.items():
+                    self._parameter(name).copy_(weight)
+
     def lost_to_rounding(self) -> dict[str, float]:
         """Weight name -> relative Frobenius norm of what the weight's dtype lost of all updates together."""
         lost = {}

@@ -4,15 +4,74 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ...kernels.errors import InputError
 from ...stats import read_corpus
 from ...stats.documents import clean
-from ..facts import read_text
+from ..asked import Asked, mean
+from ..facts import Fact, read_text
 from ..model import Model
 from ..phases import Tick
 from ..prompts import Row, prompt_ids
-from ..scores import perplexity, token_scores
+from ..scores import Answer, perplexity, token_scores
+from .registry import Protocol
+
+
+def measure(
+    asked: Asked, facts: Sequence[Fact], progress: Tick, *, texts: Sequence[str] = (), compat: bool = False
+) -> dict[str, Any]:
+    """Of the weights as they are; facts say nothing here, and there may be none.
+
+    texts: what is read, one at least
+    compat: as of `perplexities`, for `perplexity`
+
+    facts: a record a text: {"id": "text 1", ..., "token_count": of those that are predicted, "perplexity"}
+    Raises `InputError` without texts, under deltas beside the weights, and as `perplexities`.
+    """
+    check_texts("perplexity", asked, texts)
+    scored = token_scores(
+        asked.model, text_rows(asked.model, texts), asked.batch_tokens, progress, batch_rows=asked.batch_rows
+    )
+    each = [_perplexity(answer, compat) for answer in scored]
+    every = [value for answer in scored for value in answer.logprobs]
+    records = [
+        {"id": f"text {number}", "token_count": len(answer.labels), "perplexity": value}
+        for number, (answer, value) in enumerate(zip(scored, each, strict=True), 1)
+    ]
+    whole = perplexity(-math.fsum(every) / len(every))
+    return {"metrics": {"perplexity": mean(each), "perplexity_tokens": whole}, "facts": records}
+
+
+def check_texts(protocol: str, asked: Asked, texts: Sequence[str]) -> None:
+    """Raises `InputError` without texts, and where each fact has a delta of its own: which one would read them?"""
+    if isinstance(texts, str) or not texts:
+        found = "a single text" if texts else "none"
+        raise InputError(f"protocol {protocol}: {found} given as texts; expected a list of one or more")
+    refuse_deltas(protocol, asked)
+
+
+def refuse_deltas(protocol: str, asked: Asked) -> None:
+    """Raises `InputError` where each fact has a delta of its own beside the weights."""
+    if asked.deltas:
+        said = f"protocol {protocol} measures the weights as they are, {len(asked.deltas)} deltas beside them given"
+        raise InputError(f"{said}; apply one of them, and measure that")
+
+
+def text_rows(model: Model, texts: Sequence[str]) -> list[Row]:
+    """Of each text of N tokens (BOS included, where the tokenizer puts one) the row that predicts all but the first.
+
+    Raises `InputError` for a text of fewer than two tokens, and for one that is longer than the model's longest row.
+    """
+    coded = prompt_ids(model.tokenizer, texts)
+    for number, (text, ids) in enumerate(zip(texts, coded, strict=True), 1):
+        named = f"text {number} of {len(texts)} ({text[:40]!r})"
+        if len(ids) < 2:
+            count = "1 token" if len(ids) == 1 else "no token"
+            raise InputError(f"{named} has {count}, expected two or more: a first token has no perplexity")
+        if len(ids) - 1 > model.max_length:
+            raise InputError(f"{named} has {len(ids)} tokens, the model takes {model.max_length}; cut it")
+    return [Row(tuple(ids[:-1]), labels=tuple(ids[1:])) for ids in coded]
 
 
 def perplexities(
@@ -24,22 +83,16 @@ def perplexities(
 ) -> list[float]:
     """exp of the mean negative log-probability of each text's tokens, given those before them; batched.
 
-    Of N tokens (BOS included, where the tokenizer puts one) N - 1 are predicted, and the mean is over these.
+    Of N tokens N - 1 are predicted, and the mean is over these; texts: as of `text_rows`, which raises
     compat: the sum is divided by N instead, as in the published code of UnderEdit/OverEdit
     batch_tokens: padded tokens of a forward; None: from the free memory
-    Raises `InputError` for a text of fewer than two tokens, and for one that is longer than the model's longest row.
     """
-    coded = prompt_ids(model.tokenizer, texts)
-    for number, (text, ids) in enumerate(zip(texts, coded, strict=True), 1):
-        named = f"text {number} of {len(texts)} ({text[:40]!r})"
-        if len(ids) < 2:
-            count = "1 token" if len(ids) == 1 else "no token"
-            raise InputError(f"{named} has {count}, expected two or more: a first token has no perplexity")
-        if len(ids) - 1 > model.max_length:
-            raise InputError(f"{named} has {len(ids)} tokens, the model takes {model.max_length}; cut it")
-    rows = [Row(tuple(ids[:-1]), labels=tuple(ids[1:])) for ids in coded]
-    scored = token_scores(model, rows, batch_tokens, progress)
-    return [perplexity(-math.fsum(a.logprobs) / (len(a.labels) + compat)) for a in scored]
+    scored = token_scores(model, text_rows(model, texts), batch_tokens, progress)
+    return [_perplexity(answer, compat) for answer in scored]
+
+
+def _perplexity(answer: Answer, compat: bool) -> float:
+    return perplexity(-math.fsum(answer.logprobs) / (len(answer.labels) + compat))
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -71,3 +124,11 @@ def read_texts(path: str | Path) -> list[str]:
     if not texts:
         raise InputError(f"{path}: no texts in it, expected at least one")
     return clean(texts)
+
+
+METRICS = {
+    "perplexity": "mean over texts of exp(mean negative log-probability of a text's tokens behind the first)",
+    "perplexity_tokens": "exp(mean negative log-probability) of the tokens of all texts together",
+}
+
+PROTOCOL = Protocol("perplexity", measure, METRICS, options=("texts", "compat"))

@@ -23,14 +23,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ...kernels.errors import InputError
+from ..asked import Asked, mean
 from ..facts import Fact, held_out
-from ..model import Model
 from ..phases import Tick
-from ..scores import Answer, answers, perplexity
+from ..scores import Answer, perplexity
 from .counterfact import harmonic_mean
 from .perplexity import perplexities
+from .registry import Protocol
 
 KINDS = ("efficacy", "generalization", "specificity")
+
+
+Scored = dict[tuple[str, str], Answer]  # of one record, (prompt, object) -> its answer
 
 
 class Question(NamedTuple):
@@ -54,19 +58,16 @@ class Questions(NamedTuple):
         return [question for kind in self for question in kind]
 
 
-def evaluate(
-    model: Model,
+def measure(
+    asked: Asked,
     facts: Sequence[Fact],
-    batch_tokens: int | None = None,
     progress: Tick = lambda done, total: None,
     *,
     unedited: dict[str, Any] | None = None,
     texts: Sequence[str] = (),
     compat: bool = False,
 ) -> dict[str, Any]:
-    """{"protocol", "metrics", "facts": [records]} of the model as it stands; plain lists and numbers, ready for JSON.
-
-    batch_tokens: padded tokens of a forward; None: from the free memory
+    """
     unedited: what this function gave of the unedited model on the same facts; without it `specificity_acc` and
         `score_acc` are None, and records have no specificity acc
     texts: whose mean perplexity is `me_ppl`
@@ -79,22 +80,25 @@ def evaluate(
         hold an answer against; output: the most probable token ids, neighbours first, then probes
     Raises `InputError` for a prompt longer than the model's longest row, or an `unedited` of other facts.
     """
-    asked = [_questions(fact, held) for fact, held in zip(facts, held_out(facts), strict=True)]
+    questions = [_questions(fact, held) for fact, held in zip(facts, held_out(facts), strict=True)]
     earlier = None
     if unedited is not None:
         earlier = {record["id"]: record["specificity"]["output"] for record in unedited["facts"]}
-    pairs = [
-        (prompt, target)
-        for questions in asked
-        for prompt, *targets in questions.all
+    wanted = [
+        (number, prompt, target)
+        for number, of in enumerate(questions)
+        for prompt, *targets in of.all
         for target in targets
         if target is not None
     ]
-    total = len(set(pairs)) + len(texts)
-    scored = answers(model, pairs, batch_tokens, lambda done, _: progress(done, total))
+    total = len({(asked.owner(number), *pair) for number, *pair in wanted}) + len(texts)
+    found = asked.answers(wanted, lambda done, _: progress(done, total))
+    scored: list[Scored] = [{} for _ in facts]
+    for (number, *pair), answer in zip(wanted, found, strict=True):
+        scored[number][pair[0], pair[1]] = answer
     records = [
-        _judge(fact, questions, scored, None if earlier is None else earlier.get(fact.id, []))
-        for fact, questions in zip(facts, asked, strict=True)
+        _judge(fact, of, answered, None if earlier is None else earlier.get(fact.id, []))
+        for fact, of, answered in zip(facts, questions, scored, strict=True)
     ]
     metrics: dict[str, float | None] = {}
     for name in ("acc", "success"):
@@ -104,10 +108,10 @@ def evaluate(
     for name in ("rewrite_ppl", "rephrase_ppl"):
         metrics[name] = mean([record[name] for record in records])
     of_texts = perplexities(
-        model, texts, compat, batch_tokens, lambda done, _: progress(total - len(texts) + done, total)
+        asked.model, texts, compat, asked.batch_tokens, lambda done, _: progress(total - len(texts) + done, total)
     )
     metrics["me_ppl"] = mean(of_texts)
-    return {"protocol": "underedit", "metrics": metrics, "facts": records}
+    return {"metrics": metrics, "facts": records}
 
 
 def score(rates: Sequence[float | None], compat: bool) -> float | None:
@@ -121,12 +125,6 @@ def score(rates: Sequence[float | None], compat: bool) -> float | None:
     return harmonic_mean(above) if above else 0.0
 
 
-def mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are there; None where none is."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def _questions(fact: Fact, neighbors: Sequence[str]) -> Questions:
     new, true = fact.target_new, fact.target_true
     return Questions(
@@ -138,7 +136,7 @@ def _questions(fact: Fact, neighbors: Sequence[str]) -> Questions:
 
 
 def _judge(
-    fact: Fact, questions: Questions, scored: dict[tuple[str, str], Answer], earlier: list[list[int]] | None
+    fact: Fact, questions: Questions, scored: Scored, earlier: list[list[int]] | None
 ) -> dict[str, Any]:
     def wanted(kind: Sequence[Question]) -> list[Answer]:
         return [scored[question.prompt, question.wanted] for question in kind]
@@ -179,3 +177,20 @@ def _perplexity(of: Sequence[Answer]) -> float | None:
     """Of all their tokens together."""
     logprobs = [value for answer in of for value in answer.logprobs]
     return perplexity(-sum(logprobs) / len(logprobs)) if logprobs else None
+
+
+METRICS = {
+    "efficacy_acc": "share of the new object's tokens that are the most probable one behind the edit's prompt",
+    "efficacy_success": "share of facts whose new object is more probable than the true one behind the edit's prompt",
+    "generalization_acc": "efficacy_acc, behind the paraphrases",
+    "generalization_success": "efficacy_success, behind the paraphrases",
+    "specificity_acc": "share of held-out neighbours whose most probable tokens stay those of the unedited model",
+    "specificity_success": "share of held-out neighbours whose true object is more probable than the new one",
+    "score_acc": "harmonic mean of the three acc",
+    "score_success": "harmonic mean of the three success rates",
+    "rewrite_ppl": "perplexity of the new object behind the edit's prompt, mean over facts",
+    "rephrase_ppl": "perplexity of the new object behind the paraphrases, mean over facts",
+    "me_ppl": "mean perplexity of plain texts",
+}
+
+PROTOCOL = Protocol("underedit", measure, METRICS, against=True, options=("texts", "compat"))

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import rewire
-from rewire.engine.evaluation import counterfact, evaluate
+from rewire.engine.asked import Asked
+from rewire.engine.evaluation import evaluate
 from rewire.engine.evaluation.counterfact import harmonic_mean
 from rewire.engine.facts import Fact
 from rewire.engine.model import demo_file
+from rewire.engine.scores import Answer
 from rewire.kernels.errors import InputError
 
 RATES = ("success", "magnitude", "accuracy")
@@ -139,20 +141,11 @@ def scored(demo: rewire.Model, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     """evaluate(facts, {(prompt, object): mean log-probability}) on a model that gives just these."""
 
     def run(facts: list[Fact], logprobs: dict[tuple[str, str], float]) -> dict[str, Any]:
-        asked: list[tuple[str, str]] = []
-        rows = counterfact.answer_rows
+        def answers(self: Asked, asked: list[tuple[int, str, str]], progress: Any) -> list[Answer]:
+            values = [logprobs[prompt, target] for _, prompt, target in asked]
+            return [Answer((1,), (int(value > math.log(0.5)),), (value,)) for value in values]
 
-        def remember(tokenizer: Any, pairs: list[tuple[str, str]]) -> Any:
-            asked.extend(pairs)
-            return rows(tokenizer, pairs)
-
-        def score(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            assert len(asked) == len(set(asked))  # a pair that stands twice runs once
-            values = torch.tensor([logprobs[pair] for pair in asked], dtype=torch.float64)
-            return values, values > math.log(0.5)
-
-        monkeypatch.setattr(counterfact, "answer_rows", remember)
-        monkeypatch.setattr(counterfact, "score", score)
+        monkeypatch.setattr(Asked, "answers", answers)
         return evaluate(demo, facts)
 
     return run

@@ -13,8 +13,8 @@ import torch
 from small_models import FACTS, make
 
 import rewire
-from rewire.engine import scores
-from rewire.engine.evaluation import evaluate, underedit
+from rewire.engine import asked, scores
+from rewire.engine.evaluation import evaluate
 from rewire.engine.evaluation.perplexity import perplexities
 from rewire.engine.evaluation.underedit import score
 from rewire.engine.facts import EditNeighbor, Fact, Probe
@@ -100,8 +100,8 @@ def test_against_a_plain_evaluator(known: rewire.Model, shared: Path, kind: str)
     facts = facts_of(shared, kind)
     edited = disturbed(known, 3.0 if kind == "zsre" else 0.6)
     texts = ["Regions and cities of Australia", " It was late."]
-    before = underedit.evaluate(known, facts, 200, texts=texts)
-    after = underedit.evaluate(edited, facts, 200, unedited=before, texts=texts)
+    before = evaluate(known, facts, "underedit", 200, texts=texts)
+    after = evaluate(edited, facts, "underedit", 200, unedited=before, texts=texts)
     wanted = [plain_record(edited, known, fact) for fact in facts]
     for record, expected in zip(after["facts"], wanted, strict=True):
         assert record == {
@@ -129,14 +129,14 @@ def test_against_a_plain_evaluator(known: rewire.Model, shared: Path, kind: str)
 
 def test_an_unchanged_model_is_stable_in_any_batches(known: rewire.Model, shared: Path) -> None:
     facts = facts_of(shared, "mcf")
-    before = underedit.evaluate(known, facts, 60)
-    again = underedit.evaluate(known, facts, 5000, unedited=json.loads(json.dumps(before)))
+    before = evaluate(known, facts, "underedit", 60)
+    again = evaluate(known, facts, "underedit", 5000, unedited=json.loads(json.dumps(before)))
     assert again["metrics"]["specificity_acc"] == 1
     assert again["metrics"]["efficacy_success"] == 0  # it says the true objects
     assert again["metrics"]["score_success"] == 0
     rates = [again["metrics"][f"{kind}_success"] for kind in ("generalization", "specificity")]
     expected = score(rates, compat=True) if rates[0] else rates[1]
-    published = underedit.evaluate(known, facts, unedited=before, compat=True)
+    published = evaluate(known, facts, "underedit", unedited=before, compat=True)
     assert published["metrics"]["score_success"] == pytest.approx(expected)
 
 
@@ -145,7 +145,12 @@ def test_each_pair_runs_once_and_the_head_where_it_is_read(monkeypatch: pytest.M
     fact = replace(FACTS[0], paraphrases=(FACTS[0].question, FACTS[1].question), neighbors=(FACTS[1].question,) * 3)
     rows: list[int] = []
     scored = scores.token_scores
-    monkeypatch.setattr(scores, "token_scores", lambda m, r, *more: (rows.append(len(r)), scored(m, r, *more))[1])
+
+    def counted(model: Any, of: Any, *more: Any, **named: Any) -> Any:
+        rows.append(len(of))
+        return scored(model, of, *more, **named)
+
+    monkeypatch.setattr(asked, "token_scores", counted)
     heads: list[int] = []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: (heads.append(len(hidden)), logits(hidden))[1])
@@ -175,7 +180,7 @@ def test_edit_time_neighbours_do_not_count() -> None:
     used = EditNeighbor("Danielle Darrieux", FACTS[1].prompt, "French")
     first = replace(FACTS[0], neighbors=(FACTS[1].question, FACTS[2].question))
     second = replace(FACTS[2], neighbors=(FACTS[1].question,), edit_neighbors=(used,))
-    alone, both = underedit.evaluate(model, [first]), underedit.evaluate(model, [first, second])
+    alone, both = evaluate(model, [first], "underedit"), evaluate(model, [first, second], "underedit")
     assert len(alone["facts"][0]["specificity"]["output"]) == 2
     assert [len(record["specificity"]["output"]) for record in both["facts"]] == [1, 0]
 
@@ -185,12 +190,12 @@ def test_one_token_that_moves_is_all_of_a_neighbour_and_its_part_of_a_probe() ->
     answer = "music and art"  # several tokens
     fact = replace(FACTS[1], target_true=answer, neighbors=(FACTS[1].question,) * 2)
     fact = replace(fact, locality=(Probe(FACTS[2].question, answer),))
-    before = underedit.evaluate(model, [fact])
+    before = evaluate(model, [fact], "underedit")
     first, _, probe = before["facts"][0]["specificity"]["output"]
     assert min(len(first), len(probe)) > 1
     first[-1] += 1  # as if the unedited model had said something else
     probe[0] += 1
-    found = underedit.evaluate(model, [fact], unedited=before)["facts"][0]["specificity"]["acc"]
+    found = evaluate(model, [fact], "underedit", unedited=before)["facts"][0]["specificity"]["acc"]
     assert found == [0.0, 1.0, (len(probe) - 1) / len(probe)]
 
 
@@ -207,9 +212,9 @@ def test_what_is_refused() -> None:
     fact = replace(FACTS[0], neighbors=(FACTS[1].question,))
     for facts in (FACTS[1:2], [replace(fact, neighbors=())]):
         with pytest.raises(InputError, match=f"fact {fact.id}: .*evaluate the unedited model on the same facts"):
-            underedit.evaluate(model, [fact], unedited=underedit.evaluate(model, facts))
+            evaluate(model, [fact], "underedit", unedited=evaluate(model, facts, "underedit"))
     long = replace(FACTS[0], paraphrases=("and " * 120,))
     with pytest.raises(InputError, match=r"prompt 'and and .*tokens, the model takes 96"):
-        underedit.evaluate(model, [long])
+        evaluate(model, [long], "underedit")
     with pytest.raises(InputError, match="did you mean 'underedit'"):
         evaluate(model, [fact], "overedit")
