@@ -16,6 +16,8 @@ PACKAGES = {
     "rewire.engine.editors": "engine/editors",
     "rewire.engine.evaluation": "engine/evaluation",
     "rewire.engine.experiment": "engine/experiment",
+    "rewire.engine.judges": "engine/judges",
+    "rewire.engine.page": "engine/page",
     "rewire.kernels": "kernels",
     "rewire.kernels.delta_linear": "kernels/delta_linear",
     "rewire.kernels.gather_mean": "kernels/gather_mean",
@@ -42,7 +44,11 @@ setup(
     python_requires=">=3.10",
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"rewire": ["py.typed", "demo/*"], "rewire.hparams": ["models.yaml", "*/*.yaml"]},
+    package_data={
+        "rewire": ["py.typed", "demo/*"],
+        "rewire.engine.page": ["*.html", "*.css", "*.js"],
+        "rewire.hparams": ["models.yaml", "*/*.yaml"],
+    },
     install_requires=[
         "torch>=2.11",
         f"triton>=3.6; {LINUX}",
@@ -53,6 +59,7 @@ setup(
         "numpy>=1.26",
         "pydantic>=2.8",
         "pyyaml>=6",
+        "jinja2>=3",
         "typer>=0.15",
         "rich>=13",
         "psutil>=5.9",
@@ -60,6 +67,8 @@ setup(
     ],
     extras_require={
         "corpora": ["datasets>=3", "pyarrow>=15"],
+        "eval": ["lm-eval>=0.4.13", "scikit-learn>=1.4"],
+        "judge": ["openai>=1"],
         "plot": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
@@ -67,7 +76,9 @@ setup(
             "pytest-xdist>=3",
             "hypothesis>=6",
             "matplotlib>=3.8",
+            "openai>=1",
             "pyarrow>=15",
+            "scikit-learn>=1.4",
             "ruff>=0.9",
             "mypy>=1.13",
             "types-PyYAML",

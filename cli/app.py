@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, demo, edit, evaluate, inspect, merge, neighbors, plan, presets, run, stats
+from . import bench, demo, edit, evaluate, inspect, merge, neighbors, plan, presets, report, run, stats
 
 app = typer.Typer(
     name="rewire",
@@ -34,6 +34,7 @@ app.command("inspect")(inspect.inspect)
 app.command("neighbors")(neighbors.neighbors)
 app.command("plan")(plan.plan)
 app.command("presets")(presets.presets)
+app.command("report")(report.report)
 app.command("run")(run.run)
 app.add_typer(stats.stats, name="stats")
 app.add_typer(bench.bench, name="bench")

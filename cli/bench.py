@@ -125,6 +125,71 @@ def stats(
         raise typer.Exit(1)
 
 
+@bench.command("evaluation")
+def evaluation(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id, or demo.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Facts: .jsonl, .csv, or a published data set (.json).")],
+    singles: Annotated[
+        bool, typer.Option("--singles", help="Single edits at once against one after the other; else answers (wild).")
+    ] = False,
+    method: common.MethodName = "rome",
+    facts: Annotated[int | None, typer.Option("--facts", min=1, help="How many; default: all.")] = None,
+    serial: Annotated[int, typer.Option(min=1, help="Of them, the published way (without --singles).")] = 40,
+    context: Annotated[
+        str | None, typer.Option(help="Around each question; default: qa_inst, with --singles question-only.")
+    ] = None,
+    preset: common.Preset = None,
+    stats: common.Stats = None,
+    contexts: common.Contexts = None,
+    convention: common.Convention = None,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    json: common.Json = False,
+) -> None:
+    """Generated answers against the published way, or single edits all at once against one by one; outcomes compared.
+
+    Example: rewire bench evaluation gpt2-xl facts.jsonl --singles --facts 200
+    """
+    from ..bench.evaluation import bench_answers, bench_singles
+    from ..engine.datasets import read_facts
+    from ..engine.prompts import read_contexts
+    from ..engine.session import EditSession
+
+    wanted = read_facts(data, facts, convention)
+    templates = None if contexts is None else read_contexts(contexts)
+    loaded = common.load(model, dtype, device)
+    with common.bars() as listener:
+        if singles:
+            result = bench_singles(
+                loaded,
+                wanted,
+                lambda: EditSession(loaded, method, preset, stats, contexts=templates),
+                context or "question-only",
+                listener,
+            )
+        else:
+            result = bench_answers(loaded, wanted, serial, context or "qa_inst", listener)
+    if json:
+        common.print_json(result)
+    else:
+        _evaluation_table(result)
+    if result["check"] != "passed":
+        raise typer.Exit(1)
+
+
+def _evaluation_table(result: dict[str, Any]) -> None:
+    console = common.console()
+    console.print(f"{result['about']['device']}, {result['model']}: check {result['check']}", highlight=False)
+    for kind, what in (("flips", "a tie that went the other way"), ("wrong", "not the same")):
+        for each in result[kind]:
+            print(f"{what}: {each['prompt']!r}, two best {each['gap']:.1e} apart")
+    table = Table("", "shape", "seconds", "baseline, s", "ratio")
+    for row in result["rows"]:
+        shape = " ".join(f"{name}={value}" for name, value in row["shape"].items())
+        table.add_row(row["name"], shape, *(f"{row[key]:.3g}" for key in ("seconds", "baseline_seconds", "ratio")))
+    console.print(table)
+
+
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="One operation; may be repeated.")]
 
 

@@ -76,6 +76,7 @@ METRICS = {  # protocol -> (metric, what it is called)
         ("me_ppl", "perplexity of texts"),
     ),
 }
+NUMBERS = ("ppl", "perplexity", "entropy", "kl", "tokens", "left_out", "nll", "count")  # names of what is no share
 NEEDS = {  # what a missing one would need
     "counterfact": "no fact has what it needs (target_true; paraphrases; neighbors)",
     "underedit": "nothing has what it needs (target_true; paraphrases; neighbors or locality; --delta; --texts)",
@@ -90,6 +91,13 @@ def load(name: str, dtype: str, device: str, quantize: str | None = None) -> Mod
 
     logging.disable_progress_bar()
     return load(name, dtype, quantize, device)
+
+
+def find_judge(name: str, model: str | None, url: str | None) -> Any:
+    """Who judges answers. Raises `InputError` for what is not there, or not for this one."""
+    from ..engine.judges import find_judge
+
+    return find_judge(name, model=model, base_url=url)
 
 
 def batch_size(text: str) -> int | None:
@@ -182,14 +190,20 @@ def percent(rate: float | None) -> str:
 
 def print_metrics(columns: Mapping[str, Mapping[str, Any]], protocol: str = "counterfact") -> None:
     """Metrics, one column a state of the model; where one is missing, what it would need is said below."""
-    title = "success rates" + (", perplexities" if protocol == "underedit" else "")
-    table = Table("", *map(escape, columns), title=title, title_justify="left")
-    for key, label in METRICS[protocol]:
-        said = _perplexity if key.endswith("_ppl") else percent
-        table.add_row(label, *(said(metrics[key]) for metrics in columns.values()))
+    titles = {"counterfact": "success rates", "underedit": "success rates, perplexities"}
+    table = Table("", *map(escape, columns), title=titles.get(protocol, protocol), title_justify="left")
+    of_all = list(dict.fromkeys(key for metrics in columns.values() for key in metrics))
+    rows = METRICS.get(protocol) or [(key, key.replace("_", " ")) for key in of_all]
+    for key, label in rows:
+        table.add_row(label, *(said(key, metrics.get(key)) for metrics in columns.values()))
     Console().print(table)
-    if any(metrics[key] is None for metrics in columns.values() for key, _ in METRICS[protocol]):
-        print(f"-: {NEEDS[protocol]}")
+    if any(metrics.get(key) is None for metrics in columns.values() for key, _ in rows):
+        print(f"-: {NEEDS.get(protocol, 'no fact has what it needs, or there is no unedited model to compare with')}")
+
+
+def said(name: str, value: float | None) -> str:
+    """A metric as it is shown: a share in percent, or a number."""
+    return _perplexity(value) if any(word in name for word in NUMBERS) else percent(value)
 
 
 def _perplexity(value: float | None) -> str:

@@ -59,6 +59,29 @@ def run(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Facts edited together, batch after batch; default: all at once.")
     ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="single|sequential|batch",
+            help="Each fact alone on the clean model; one after the other; or batch after batch; with --protocol.",
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="What a mode measures: wild, synthetic, counterfact, zsre or ripple."),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Around each question: question-only, qa_inst, chat or chat_temp.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="Who judges answers (wild): auto, exact or llm.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Model of the llm judge.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Its OpenAI-compatible endpoint.")] = None,
+    only_wrong: Annotated[
+        bool | None, typer.Option("--only-wrong", help="Only facts that the unedited model gets wrong (wild).")
+    ] = None,
+    checkpoints: Annotated[
+        int | None, typer.Option(min=1, help="In a mode, measure all facts so far every N edits; default: at the end.")
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -123,7 +146,7 @@ def run(
 
     def tell(row: dict[str, Any]) -> None:
         if not json:
-            _print_row(row)
+            (_print_row if experiment.mode is None else _print_checkpoint)(row)
         rows.append(row)
 
     try:
@@ -149,6 +172,16 @@ def _print_row(row: dict[str, Any]) -> None:
     seconds = f"{row['seconds']:.{1 if row['seconds'] < 1000 else 0}f}" if row["number"] and "seconds" in row else ""
     line = f"{row['number']:>4} {row['facts']:>5}" + "".join(f" {text:>8}" for text in (*rates, *numbers))
     print(f"{line} {seconds:>5}".rstrip(), flush=True)
+
+
+def _print_checkpoint(row: dict[str, Any]) -> None:
+    """One line of a mode: how many facts, and each metric."""
+    of = "unedited" if row["number"] == 0 else "edited"
+    metrics = ", ".join(
+        f"{name.replace('_', ' ')} {common.said(name, value)}" for name, value in row["metrics"].items()
+        if value is not None
+    )  # fmt: skip
+    print(f"{common.count(row['facts'], 'fact')} {of}: {metrics}", flush=True)
 
 
 def _percent(rate: float | None) -> str:
@@ -185,6 +218,11 @@ def _end(experiment: "Experiment", folder: Path, rows: list[dict[str, Any]], sec
         common.print_json(
             {"out": str(folder), "iterations": [_finite(row) for row in rows], "seconds": round(seconds, 4)}
         )
+        return
+    if experiment.mode is not None:
+        took = rows[-1]["seconds"]
+        print(f"edited in {took['edit']:.1f} s, measured in {took['evaluate']:.1f} s")
+        print(f"written to {folder}; rewire report {folder} makes a page of it")
         return
     texts = rows[0].get("texts")
     print(LEGEND.format(texts=common.count(texts, "text") if texts else "the texts"))

@@ -24,10 +24,11 @@ ROOMS = {  # room -> rooms that it may import
 ENGINE = (
     *("phases", "objective", "facts", "anatomy", "model", "outline", "prompts", "presets", "wrong", "hparams"),
     *("passes", "streams", "statistics", "fit"),
-    *("scores", "entry", "suffix", "walk", "datasets", "neighbors", "keys"),
+    *("branches", "scores", "entry", "suffix", "walk", "datasets", "neighbors", "keys"),
     *("value_groups", "value_steps", "value_store", "values", "value_turns", "delta", "beside"),
-    *("solve", "plan", "evaluation", "editors", "held", "report"),
-    *("session", "experiment", "compat"),
+    *("decoding", "answer_store", "asked", "judges"),
+    *("solve", "plan", "evaluation", "editors", "edits", "held", "report"),
+    *("session", "experiment", "page", "compat"),
 )
 
 
@@ -195,7 +196,7 @@ def test_every_package_is_listed() -> None:
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
-def test_presets_and_demo_are_package_data() -> None:
+def test_presets_demo_and_page_are_package_data() -> None:
     packages, data = packaged()
 
     def covered(package: str, path: Path) -> bool:
@@ -207,3 +208,6 @@ def test_presets_and_demo_are_package_data() -> None:
     assert presets
     assert [p for p in presets if not covered("rewire.hparams", p)] == []
     assert [p for p in [*demo, ROOT / "rewire/py.typed"] if not covered("rewire", p)] == []
+    page = [p for p in (ROOT / "engine/page").iterdir() if p.suffix in (".html", ".css", ".js")]
+    assert len(page) == 3
+    assert [p for p in page if not covered("rewire.engine.page", p)] == []

@@ -53,6 +53,14 @@ class Experiment(BaseModel):
     corpus: what they are collected over; None: the demo's text
     contexts: a JSON file of context templates; None: sampled from the model
     perplexity: a JSON list of texts whose perplexity is followed (ME-PPL); None: `ME-PPL_50.json` of `data_dir` if any
+    mode: how facts are edited and when they are measured: "single" (each alone, on the clean model), "sequential" (one
+        after the other, each measured at once, all so far at checkpoints and at the end), "batch" (`batch` after
+        `batch`, or all at once; measured likewise); None: as UnderEdit/OverEdit do, iteration by iteration
+    protocol: what is measured, of a mode: "wild", "synthetic", "counterfact", "zsre", "ripple"; else "underedit"
+    context: what stands around each question (wild, synthetic); None: the protocol's own
+    judge, judge_model, judge_url: who judges generated answers (wild)
+    only_wrong: only facts whose answer the unedited model gets wrong (of wild)
+    checkpoints: in a mode all facts so far are measured behind so many edits, each time; None: at the end alone
     stop_gap: a batch is done once |SPREAD - OPTIMIZATION| perplexity is at most this; None: after all iterations
     compat: published behaviour where the default differs (docs/methods.md)
     seed: of the sampled context templates
@@ -78,6 +86,14 @@ class Experiment(BaseModel):
     corpus: str | None = None
     contexts: Path | None = None
     perplexity: Path | None = None
+    mode: Literal["single", "sequential", "batch"] | None = None
+    protocol: Literal["underedit", "wild", "synthetic", "counterfact", "zsre", "ripple"] = "underedit"
+    context: str | None = None
+    judge: Literal["auto", "exact", "llm"] = "auto"
+    judge_model: str | None = None
+    judge_url: str | None = None
+    only_wrong: bool = False
+    checkpoints: int | None = Field(None, ge=1)
     stop_gap: float | None = Field(None, ge=0)
     compat: bool = False
     seed: int = 0
@@ -121,6 +137,31 @@ class Experiment(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_a_mode_takes(self) -> "Experiment":
+        own = {"context": self.context, "only_wrong": self.only_wrong, "checkpoints": self.checkpoints}
+        if self.mode is None:
+            named = [name for name, value in own.items() if value]
+            if named or self.protocol != "underedit":
+                raise ValueError(
+                    f"{named[0] if named else 'protocol ' + self.protocol} is of a mode; say mode: single, sequential "
+                    "or batch"
+                )
+            return self
+        if self.protocol == "underedit":
+            raise ValueError(f"mode {self.mode}: say which protocol: wild, synthetic, counterfact, zsre or ripple")
+        if self.mode != "batch" and self.batch is not None:
+            raise ValueError(f"batch is of mode batch; mode {self.mode} edits one fact at a time")
+        if self.iterations > 1 and self.mode == "single":
+            raise ValueError("mode single edits each fact once; iterations is for the others")
+        if self.mode == "single" and self.checkpoints:
+            raise ValueError("checkpoints is of sequential and batch; single edits never meet each other")
+        if self.only_wrong and self.protocol != "wild":
+            raise ValueError(f"only_wrong needs generated answers; protocol {self.protocol} has none (wild has)")
+        if self.context and self.protocol not in ("wild", "synthetic"):
+            raise ValueError(f"context is of wild and synthetic; protocol {self.protocol} asks as it stands")
+        return self
+
     @property
     def algorithm(self) -> names.Algorithm:
         return names.parse(self.method)
@@ -137,6 +178,12 @@ class Experiment(BaseModel):
         parts = [self.name, Path(self.model).name, data, f"N_{self.num_edits or facts}", f"S_{self.subset or 0}"]
         if self.batch is not None:
             parts.append(f"B_{self.batch}")
+        if self.mode is not None:
+            asked = "-".join(part for part in (self.protocol, self.context) if part)
+            parts += [self.mode + (f"-{self.checkpoints}" if self.checkpoints else ""), asked]
+            if self.only_wrong:
+                parts[-1] += "-wrong"
+            return self.out.joinpath(*parts)
         return self.out.joinpath(*parts, f"I_{self.iterations}")
 
     def label(self, facts: int) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from ...kernels.errors import InputError
 from ...stats.cache import write_whole
+from ..edits import Iteration
 from ..facts import Fact, held_out, read_text
-from ..session import Iteration
 
 PERPLEXITIES = "me_ppl.json"
 
@@ -28,7 +28,7 @@ def write(
     Mean perplexities of texts, where both evaluations have them, go to `me_ppl.json`. Each file is written whole.
 
     number: of the iteration, from 1
-    before, after: what `evaluation.underedit.evaluate` gave of the unedited model and of the one behind this iteration
+    before, after: what `evaluate` ("underedit") gave of the unedited model and of the one behind this iteration
     iteration: its `facts` have init_ppl, opt_ppl and spread_ppl, in the order of `facts`
     seconds: that the edit took, of the whole batch
     hard: ids of the cases that iteration 1 left wrong; None: this is iteration 1
@@ -60,7 +60,7 @@ def write(
 def hard_cases(after: dict[str, Any]) -> set[str]:
     """Ids of the facts of which no token of the new object is the most probable: behind iteration 1, the hard ones.
 
-    after: what `evaluation.underedit.evaluate` gave
+    after: what `evaluation.evaluate` ("underedit") gave
     """
     return {record["id"] for record in after["facts"] if record["efficacy"]["acc"][0] == 0.0}
 

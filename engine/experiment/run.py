@@ -16,23 +16,20 @@ import transformers
 
 from ... import __version__
 from ...kernels.errors import InputError
-from ...stats import cache_root, read_corpus
-from ...stats.pull import pull
-from ..editors.registry import find_method
-from ..evaluation import underedit
-from ..evaluation.underedit import mean
+from ...stats import cache_root
+from ..asked import mean
+from ..edits import Iteration
+from ..evaluation import evaluate, underedit
 from ..facts import Fact, to_record
-from ..hparams import SET, check_names, check_settings, check_values
 from ..model import Model
 from ..model import load as load_model
 from ..phases import Listener, silent
-from ..presets import find_preset
-from ..prompts import read_contexts
-from ..session import EditSession, Iteration
+from ..session import EditSession
 from ..statistics import encode
 from ..value_store import weights_digest
-from . import names, plots, results, summary
-from .config import PULL, Experiment
+from . import modes, names, plots, results, summary
+from .begin import check, read_inputs, session_of
+from .config import Experiment
 from .data import TEXTS, facts_of, texts_of
 from .progress import PROGRESS, Progress, content_digest
 
@@ -61,32 +58,20 @@ def run(
     Raises `InputError` for what is wrong in the input, and for a folder that holds another experiment; what can be
     known without the model is known before it is loaded.
     """
-    _check(experiment)
-    contexts = None if experiment.contexts is None else read_contexts(experiment.contexts)
+    check(experiment)
+    if experiment.mode is not None:
+        return modes.run(experiment, listener, tell, load)
     facts, texts = facts_of(experiment), texts_of(experiment)
     progress = Progress.find(experiment, facts, texts)
     if progress.iterations is not None:
         for row in progress.rows:
             tell(row)
         return progress.folder
-    corpus = None if experiment.corpus is None else read_corpus(experiment.corpus)
-    stats = _statistics(experiment)
+    inputs = read_inputs(experiment)
     if not texts:
         log.warning("%s is not there: no ME-PPL is measured (--perplexity names texts)", experiment.data_dir / TEXTS)
     model = load(names.locate(experiment.model), experiment.dtype, experiment.device)
-    session = EditSession(
-        model,
-        experiment.algorithm.method,
-        experiment.preset,
-        stats,
-        hparams=experiment.set,
-        corpus=corpus,
-        contexts=contexts,
-        seed=experiment.seed,
-        neighbors=experiment.neighbors,
-        compat=experiment.compat,
-        listener=listener,
-    )
+    session = session_of(experiment, inputs, model, listener)
     progress.begin(model.fingerprint)
     _Run(experiment, model, facts, texts, progress, listener, tell).whole(session)
     return progress.folder
@@ -224,9 +209,10 @@ class _Run:
         return found
 
     def _evaluate(self, facts: Sequence[Fact], unedited: dict[str, Any] | None) -> dict[str, Any]:
-        return underedit.evaluate(
+        return evaluate(
             self.model,
             facts,
+            "underedit",
             None,
             lambda done, total: self.listener(EVALUATE, done, total),
             unedited=unedited,
@@ -248,32 +234,6 @@ class _Run:
             start += len(batch)
         known = results.read_json(path) if path.is_file() and number > 1 else []
         results.write_json(path, [*known[: number - 1], {"after": number, "batches": lines}])
-
-
-def _check(experiment: Experiment) -> None:
-    """Raises `InputError` for hyper-parameters, a preset, or statistics that are wrong whatever the model's weights."""
-    kind = find_method(experiment.algorithm.method).hparams
-    check_settings(kind, experiment.set, lambda name: SET)
-    preset = find_preset(experiment.algorithm.method, names.locate(experiment.model), experiment.preset)
-    if preset is not None:
-        place = preset.place
-        check_names(kind, preset.values, place)
-        values = {name: value for name, value in preset.values.items() if name in kind.model_fields}
-        check_values(kind, values | experiment.set, lambda name: SET if name in experiment.set else place)
-    if experiment.stats == PULL:
-        names.collection(experiment.model)
-    elif experiment.stats is not None and not Path(experiment.stats).is_dir():
-        raise InputError(
-            f"--stats {experiment.stats}: no such folder; expected one that holds second moments, or {PULL!r}"
-        )
-
-
-def _statistics(experiment: Experiment) -> str | None:
-    """The folder of second moments, the published one fetched where it is asked for."""
-    if experiment.stats != PULL:
-        return experiment.stats
-    files = pull(names.collection(experiment.model), cache_root() / "stats" / "published")
-    return str(files[0].parent)
 
 
 def _together(number: int, edited: list[dict[str, float]], made: Sequence[Iteration]) -> Iteration:

@@ -30,7 +30,7 @@ def test_with_and_without_a_delta(edit: Command, run: Command, tmp_path: Path) -
 
 
 def test_texts_of_another_protocol_are_refused(run: Command, tmp_path: Path) -> None:
-    assert "--protocol counterfact measures no perplexity of texts" in complaint(
+    assert "--texts: --protocol counterfact takes none; it is of underedit" in complaint(
         run("evaluate", "demo", FACTS, "--texts", tmp_path / "texts.json")
     )
     assert "no such file" in complaint(
