@@ -6,7 +6,7 @@ Protocols ask nothing else, so all of them are batched, resumable, and measure h
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..kernels.errors import InputError
@@ -39,12 +39,23 @@ class Asked:
     store: AnswerStore | None = None
     _digests: dict[int, str] = field(default_factory=dict, repr=False)
 
-    def answers(self, asked: Sequence[tuple[int, str, str]], progress: Tick = lambda done, total: None) -> list[Answer]:
+    def answers(
+        self,
+        asked: Sequence[tuple[int, str, str]],
+        progress: Tick = lambda done, total: None,
+        begins: Sequence[int] = (),
+    ) -> list[Answer]:
         """Teacher-forced: for each (number of the fact, prompt, object) what is made of the object's tokens.
 
+        begins: of each the position of its first token, where that is not 0
         What is asked twice runs once. Raises `InputError` for what is longer than the model's longest row.
         """
-        keys = [self._key("answer", owner, prompt, target) for owner, prompt, target in asked]
+        at = list(begins) or [0] * len(asked)
+        keys = [
+            self._key("answer", owner, prompt, target, *([first] if first else []))
+            for (owner, prompt, target), first in zip(asked, at, strict=True)
+        ]
+        first_at = dict(zip(keys, at, strict=True))
         known = {key: _answer(value) for key, value in known_answers(self.store, keys).items()}
         left = {key: each for key, each in zip(keys, asked, strict=True) if key not in known}
         rows = answer_rows(self.model.tokenizer, [(prompt, target) for _, prompt, target in left.values()])
@@ -53,6 +64,9 @@ class Asked:
                 said = f"prompt {prompt[:60]!r}... has {len(row.ids)} tokens"
                 raise InputError(f"{said}, the model takes {self.model.max_length}")
         names = list(left)
+        rows = [
+            replace(row, begins=first_at[key]) if first_at[key] else row for key, row in zip(left, rows, strict=True)
+        ]
         total = len(known) + len(left)
         owners = [self.owner(number) for number, *_ in left.values()]
         for chosen, beside, places in self._groups(owners):

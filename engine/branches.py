@@ -38,7 +38,8 @@ class Tree:
 def grow(rows: Sequence[Row], owner: Sequence[int] = ()) -> list[Tree]:
     """Trees that hold all rows: those of one owner with the same ids up to half of their length, or more, share one of
     up to `LONGEST` tokens."""
-    order = sorted(range(len(rows)), key=lambda i: (owner[i] if owner else 0, rows[i].ids))
+    apart = [(owner[i] if owner else 0, row.begins) for i, row in enumerate(rows)]  # never in one tree
+    order = sorted(range(len(rows)), key=lambda i: (apart[i], rows[i].ids))
     groups: list[tuple[int, list[int]]] = []  # (tokens of the trunk, its rows)
     for i in order:
         ids = rows[i].ids
@@ -48,7 +49,7 @@ def grow(rows: Sequence[Row], owner: Sequence[int] = ()) -> list[Tree]:
             shared = min(trunk, _common(rows[first].ids, ids))
             lengths = [len(ids), *(len(rows[j].ids) for j in members)]
             fits = sum(lengths) - len(members) * shared <= LONGEST
-            if (not owner or owner[first] == owner[i]) and 2 * shared >= max(lengths) and shared and fits:
+            if apart[first] == apart[i] and 2 * shared >= max(lengths) and shared and fits:
                 groups[-1] = (shared, [*members, i])
                 continue
         groups.append((len(ids), [i]))
@@ -61,14 +62,15 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _tree(rows: Sequence[Row], trunk: int, members: Sequence[int]) -> Tree:
     ids = list(rows[members[0]].ids[:trunk])
-    made = Tree(ids, list(range(trunk)), [0] * trunk)
+    begins = rows[members[0]].begins
+    made = Tree(ids, list(range(begins, begins + trunk)), [0] * trunk)
     known: dict[tuple[int, ...], list[int]] = {(): []}
     for number in members:
         rest = rows[number].ids[trunk:]
         if rest not in known:
             known[rest] = list(range(len(made.ids), len(made.ids) + len(rest)))
             made.ids += rest
-            made.positions += range(trunk, trunk + len(rest))
+            made.positions += range(begins + trunk, begins + trunk + len(rest))
             made.branch += [len(known) - 1] * len(rest)
         made.rows[number] = [*range(trunk), *known[rest]]
     return made
@@ -88,12 +90,14 @@ def read_trees(model: Model, trees: Sequence[Tree]) -> Tensor:
         raise Stop
 
     more: dict[str, Any] = {}
-    if any(tree.branch[-1] for tree in trees):
+    branched = any(tree.branch[-1] for tree in trees)
+    if branched or any(tree.positions[0] for tree in trees):
+        more["position_ids"] = padded([tree.positions for tree in trees], 0)
+    if branched:
         branch = padded([tree.branch for tree in trees], -1)
         causal = torch.ones(longest, longest, dtype=torch.bool, device=model.device).tril()
         apart = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
         more["attention_mask"] = _as_taken(model, (causal & apart)[:, None])
-        more["position_ids"] = padded([tree.positions for tree in trees], 0)
     with hooks(model.head.register_forward_pre_hook(keep)):
         forward(model, padded([tree.ids for tree in trees], 0), **more)
     return seen[0]

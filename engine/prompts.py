@@ -31,11 +31,13 @@ class Row:
     ids: what the model reads (a target's last token is not among them)
     position: index of the subject's last token, -1 where the row has no subject
     labels: the tokens that the last `len(labels)` positions shall predict
+    begins: the position that the model is told of the first token (published code shifts GPT-2's rows by their padding)
     """
 
     ids: tuple[int, ...]
     position: int = -1
     labels: tuple[int, ...] = ()
+    begins: int = 0
 
     def until_subject(self) -> "Row":
         """The row cut behind the subject: later tokens change nothing there."""

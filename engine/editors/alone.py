@@ -46,14 +46,19 @@ def edit_alone(
     rows = subject_rows(model.tokenizer, job.facts, (PLAIN, *job.contexts), model.max_length)
     variables = dict(zip(job.objective.site, values.Z.split(model.anatomy.d_model, 1), strict=True))
     updates: list[Update] = [{} for _ in job.facts]
+
+    def missed(read: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Z - H of each part."""
+        return {part: variables[part] - read[part].to(values.Z.device) for part in site}
+
     asked: Tensor | None = None
     for done, layer in enumerate(hparams.layers):
         with job.phases("keys"):
             read = measure_each(model, rows, layer, hparams.layers[-1], site, updates if done else ())
         with job.phases("solve"):
-            for part in site:
-                R = variables[part] - read[part].to(variables[part].device)
-                asked = R.norm(dim=1) if asked is None else asked
+            residuals = missed(read)
+            asked = torch.cat([*residuals.values()], 1).norm(dim=1) if asked is None else asked
+            for part, R in residuals.items():
                 R = R * share(len(hparams.layers) - done)
                 K = read[f"{part} key"]
                 norm = model.post_norm(layer)
@@ -64,7 +69,7 @@ def edit_alone(
                 write_each(updates, f"{name}.weight", R, U, c + (K.double() * U).sum(1))
     with job.phases("keys"):
         read = measure_each(model, rows, hparams.layers[-1], hparams.layers[-1], site, updates, keys=False)
-    left = (variables[site[0]] - read[site[0]].to(values.Z.device)).norm(dim=1)
+    left = torch.cat([*missed(read).values()], 1).norm(dim=1)
     assert asked is not None
     return updates, spreading.told(values, asked, left)
 

@@ -26,6 +26,7 @@ from ...kernels.errors import InputError
 from ..asked import Asked, mean
 from ..facts import Fact, held_out
 from ..phases import Tick
+from ..prompts import answer_rows
 from ..scores import Answer, perplexity
 from .counterfact import harmonic_mean
 from .perplexity import perplexities
@@ -71,7 +72,8 @@ def measure(
     unedited: what this function gave of the unedited model on the same facts; without it `specificity_acc` and
         `score_acc` are None, and records have no specificity acc
     texts: whose mean perplexity is `me_ppl`
-    compat: as published: `me_ppl` divides by N tokens (see `perplexities`), scores leave zeros out
+    compat: as published: `me_ppl` divides by N tokens (see `perplexities`), scores leave zeros out, and GPT-2's rows
+        are shifted by the padding of their batch
 
     metrics: {efficacy, generalization, specificity, score}_{acc, success}, rewrite_ppl, rephrase_ppl, me_ppl; None
         where no fact has what they need (`target_true`; paraphrases; neighbours)
@@ -96,9 +98,10 @@ def measure(
     scored: list[Scored] = [{} for _ in facts]
     for (number, *pair), answer in zip(wanted, found, strict=True):
         scored[number][pair[0], pair[1]] = answer
+    shifted = _as_published(asked, questions) if compat and asked.model.anatomy.model_type == "gpt2" else scored
     records = [
-        _judge(fact, of, answered, None if earlier is None else earlier.get(fact.id, []))
-        for fact, of, answered in zip(facts, questions, scored, strict=True)
+        _judge(fact, of, moved, answered, None if earlier is None else earlier.get(fact.id, []))
+        for fact, of, moved, answered in zip(facts, questions, shifted, scored, strict=True)
     ]
     metrics: dict[str, float | None] = {}
     for name in ("acc", "success"):
@@ -135,9 +138,33 @@ def _questions(fact: Fact, neighbors: Sequence[str]) -> Questions:
     )
 
 
+def _as_published(asked: Asked, questions: Sequence[Questions]) -> list[Scored]:
+    """Of each record its answers as published of GPT-2: a kind's prompts, with one object, are a batch padded on the
+    left without positions, so that each row's begin at its padding. (A probe's prompts are left as they are.)"""
+    wanted: list[tuple[int, str, str]] = []
+    begins: list[int] = []
+    for number, of in enumerate(questions):
+        for kind in (of.efficacy, of.generalization, of.neighbors):
+            for side in (1, 2):
+                pairs = [(question[0], question[side]) for question in kind if question[side] is not None]
+                rows = answer_rows(asked.model.tokenizer, pairs)
+                longest = max((len(row.ids) for row in rows), default=0)
+                wanted += [(number, *pair) for pair in pairs]
+                begins += [longest - len(row.ids) for row in rows]
+        for probe in of.probes:
+            wanted += [(number, probe.prompt, target) for target in probe[1:] if target is not None]
+        begins += [0] * (len(wanted) - len(begins))
+    scored: list[Scored] = [{} for _ in questions]
+    for (number, *pair), answer in zip(wanted, asked.answers(wanted, begins=begins), strict=True):
+        scored[number][pair[0], pair[1]] = answer
+    return scored
+
+
 def _judge(
-    fact: Fact, questions: Questions, scored: Scored, earlier: list[list[int]] | None
+    fact: Fact, questions: Questions, scored: Scored, unmoved: Scored, earlier: list[list[int]] | None
 ) -> dict[str, Any]:
+    """unmoved: answers at their true positions, which perplexities are of"""
+
     def wanted(kind: Sequence[Question]) -> list[Answer]:
         return [scored[question.prompt, question.wanted] for question in kind]
 
@@ -168,8 +195,8 @@ def _judge(
         whole = len(questions.neighbors)
         record["specificity"]["acc"] = [float(all(tokens)) for tokens in same[:whole]]
         record["specificity"]["acc"] += [sum(tokens) / len(tokens) for tokens in same[whole:]]
-    record["rewrite_ppl"] = _perplexity(wanted(questions.efficacy))
-    record["rephrase_ppl"] = _perplexity(wanted(questions.generalization))
+    for name, kind in (("rewrite_ppl", questions.efficacy), ("rephrase_ppl", questions.generalization)):
+        record[name] = _perplexity([unmoved[question.prompt, question.wanted] for question in kind])
     return record
 
 

@@ -27,7 +27,7 @@ HPARAMS: dict[str, Any] = {
     "v_lr": 0.5,
     "clamp_norm_factor": 2.0,
     "mom2_update_weight": 10.0,
-    "mom2_tokens": 400,
+    "mom2_tokens": 1000,
     "mom2_seed": None,
 }
 NEIGHBORS = (EditNeighbor("Aracataca", "{} worked in the area of", "English"),)
@@ -44,13 +44,15 @@ def values_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"
     chosen = random.Random(0)
-    path.write_text("\n\n".join(" ".join(chosen.choices(WORDS, k=chosen.randint(1, 20))) for _ in range(80)))
+    path.write_text("\n\n".join(" ".join(chosen.choices(WORDS, k=chosen.randint(1, 20))) for _ in range(120)))
     return path
 
 
 def session_of(model: rewire.Model, method: str, corpus: Path, **more: Any) -> rewire.EditSession:
-    layers = (2,) if "rome" in method else (0, 2, 3)
-    hparams = HPARAMS | {"layers": layers} | more.pop("hparams", {})
+    # of GPT-J the lowest layer's MLP reads single words, too few for a C of full rank: rounding of keys decides there
+    layers = (2,) if "rome" in method else (1, 2) if model.name == "gptj" else (0, 1, 2)
+    null = {"nullspace_threshold": 0.5, "L2": 1.0} if method == "alphaedit" else {}
+    hparams = HPARAMS | {"layers": layers} | null | more.pop("hparams", {})
     return rewire.EditSession(model, method, corpus=corpus, contexts=CONTEXTS, hparams=hparams, **more)
 
 
@@ -125,7 +127,7 @@ def test_a_model_whose_numbers_are_none_is_refused(corpus: Path) -> None:
     session = session_of(model, "memit", corpus)
     session.edit_each(FACTS[:1])  # statistics are there
     with torch.no_grad():
-        model.hf.get_parameter(model.anatomy.weight_name(3))[3, 3] = torch.nan
+        model.hf.get_parameter(model.anatomy.weight_name(2))[3, 3] = torch.nan
     before = state(model)
     with pytest.raises(InputError):
         session.edit_each(FACTS[:1])

@@ -218,3 +218,49 @@ def test_what_is_refused() -> None:
         evaluate(model, [long], "underedit")
     with pytest.raises(InputError, match="did you mean 'underedit'"):
         evaluate(model, [fact], "overedit")
+
+
+@torch.no_grad()
+def padded_left(model: rewire.Model, pairs: list[tuple[str, str]]) -> list[float]:
+    """Mean log-probability of each object in a batch as published: padded on the left, positions counted through it."""
+    tokenizer: Any = model.tokenizer
+    coded = [tokenizer(f"{prompt} {target}")["input_ids"] for prompt, target in pairs]
+    longest, found = max(map(len, coded)), []
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in coded])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in coded])
+    at = torch.arange(longest)[None].expand(len(coded), -1)
+    logp = model.hf(input_ids=ids, attention_mask=mask, position_ids=at).logits.log_softmax(-1)
+    for row, (tokens, (prompt, _)) in enumerate(zip(coded, pairs, strict=True)):
+        places = range(len(tokenizer(prompt)["input_ids"]), len(tokens))
+        values = [float(logp[row, longest - len(tokens) + place - 1, tokens[place]]) for place in places]
+        found.append(sum(values) / len(values))
+    return found
+
+
+def test_gpt2s_padding_as_published(shared: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published code pads GPT-2's batches on the left and gives no positions: under `compat` alone."""
+    model = load(shared / "models" / "cf-gpt2")
+    facts = rewire.read_facts(shared / "data" / "mcf_subset_1.json", 2)
+    found: dict[tuple[str, str, int], float] = {}
+    answers = asked.Asked.answers
+
+    def watch(self: Any, wanted: Any, progress: Any = lambda done, total: None, begins: Any = ()) -> Any:
+        result = answers(self, wanted, progress, begins)
+        for (_, prompt, target), answer, first in zip(wanted, result, begins or [0] * len(wanted), strict=True):
+            found[prompt, target, first] = answer.mean_logprob
+        return result
+
+    monkeypatch.setattr(asked.Asked, "answers", watch)
+    evaluate(model, facts, "underedit")
+    assert {first for *_, first in found} == {0}
+    evaluate(model, facts, "underedit", compat=True)
+    moved = 0.0
+    for fact in facts:
+        for target in (fact.target_new, str(fact.target_true)):
+            pairs = [(prompt, target) for prompt in fact.neighbors]
+            lengths = [len(model.tokenizer(f"{prompt} {target}")["input_ids"]) for prompt in fact.neighbors]
+            for prompt, length, value in zip(fact.neighbors, lengths, padded_left(model, pairs), strict=True):
+                first = max(lengths) - length
+                assert found[prompt, target, first] == pytest.approx(value, abs=1e-4)
+                moved = max(moved, abs(value - found[prompt, target, 0]))
+    assert moved > 1e-2  # it does change what is measured
