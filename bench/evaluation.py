@@ -182,7 +182,7 @@ def _compare_forced(
             (x, y) for key in ("new_logprob", "true_logprob") for x, y in zip(a[kind][key], b[kind][key], strict=True)
         ]
         apart = max((abs(x - y) for x, y in pairs), default=0.0)
-        if apart > TIE:
+        if not apart <= TIE:  # NaN is no tie
             wrong.append({"prompt": f"{fact.id}: {kind}", "token": None, "gap": apart})
         elif a[kind].get("success") != b[kind].get("success"):
             flips.append({"prompt": f"{fact.id}: {kind}", "token": None, "gap": apart})

@@ -12,8 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 INTERRUPTED = (
-    "interrupted; no edit was written. Given again, the same command goes on: statistics go on from their last "
-    "checkpoint, if any, values from those that are on disk"
+    "interrupted; no results were written. Given again, the same command goes on: statistics from their last "
+    "checkpoint, if any, values and answers from those that are on disk"
 )
 
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt; older ones raise Abort

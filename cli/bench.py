@@ -182,7 +182,8 @@ def _evaluation_table(result: dict[str, Any]) -> None:
     console.print(f"{result['about']['device']}, {result['model']}: check {result['check']}", highlight=False)
     for kind, what in (("flips", "a tie that went the other way"), ("wrong", "not the same")):
         for each in result[kind]:
-            print(f"{what}: {each['prompt']!r}, two best {each['gap']:.1e} apart")
+            where = "log-probabilities" if each["token"] is None else f"at token {each['token']} the two best logits"
+            print(f"{what}: {each['prompt']!r}, {where} {each['gap']:.1e} apart")
     table = Table("", "shape", "seconds", "baseline, s", "ratio")
     for row in result["rows"]:
         shape = " ".join(f"{name}={value}" for name, value in row["shape"].items())

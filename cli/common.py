@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,10 +76,16 @@ METRICS = {  # protocol -> (metric, what it is called)
         ("me_ppl", "perplexity of texts"),
     ),
 }
-NUMBERS = ("ppl", "perplexity", "entropy", "kl", "tokens", "left_out", "nll", "count")  # names of what is no share
+# names of what is no share
+NUMBERS = ("ppl", "perplexity", "entropy", "kl", "tokens", "left_out", "nll", "count", "magnitude", "reference_score")
 NEEDS = {  # what a missing one would need
     "counterfact": "no fact has what it needs (target_true; paraphrases; neighbors)",
     "underedit": "nothing has what it needs (target_true; paraphrases; neighbors or locality; --delta; --texts)",
+    "wild": "nothing has what it needs (paraphrases; locality or neighbors, with --delta; ripples; --truncation gold)",
+    "synthetic": "nothing has what it needs (paraphrases; locality or neighbors, with --delta; ripples)",
+    "zsre": "nothing has what it needs (paraphrases; locality, with --delta; ripples)",
+    "ripple": "no fact has ripples of this kind",
+    "drift": "nothing has what it needs (--texts; facts with locality or neighbors)",
 }
 
 
@@ -97,6 +103,9 @@ def find_judge(name: str, model: str | None, url: str | None) -> Any:
     """Who judges answers. Raises `InputError` for what is not there, or not for this one."""
     from ..engine.judges import find_judge
 
+    if name == "exact" and (model or url):
+        named = "--judge-model" if model else "--judge-url"
+        raise InputError(f"{named}: exact match asks no model; leave it out, or say --judge llm")
     return find_judge(name, model=model, base_url=url)
 
 
@@ -192,13 +201,17 @@ def print_metrics(columns: Mapping[str, Mapping[str, Any]], protocol: str = "cou
     """Metrics, one column a state of the model; where one is missing, what it would need is said below."""
     titles = {"counterfact": "success rates", "underedit": "success rates, perplexities"}
     table = Table("", *map(escape, columns), title=titles.get(protocol, protocol), title_justify="left")
-    of_all = list(dict.fromkeys(key for metrics in columns.values() for key in metrics))
-    rows = METRICS.get(protocol) or [(key, key.replace("_", " ")) for key in of_all]
+    rows = labels(protocol, [key for metrics in columns.values() for key in metrics])
     for key, label in rows:
         table.add_row(label, *(said(key, metrics.get(key)) for metrics in columns.values()))
     Console().print(table)
     if any(metrics.get(key) is None for metrics in columns.values() for key, _ in rows):
-        print(f"-: {NEEDS.get(protocol, 'no fact has what it needs, or there is no unedited model to compare with')}")
+        print(f"-: {NEEDS.get(protocol, 'nothing has what it needs')}")
+
+
+def labels(protocol: str, metrics: Iterable[str]) -> Sequence[tuple[str, str]]:
+    """(metric, what it is called), of those that are shown, in order."""
+    return METRICS.get(protocol) or [(key, key.replace("_", " ")) for key in dict.fromkeys(metrics)]
 
 
 def said(name: str, value: float | None) -> str:

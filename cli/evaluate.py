@@ -11,14 +11,16 @@ from ..kernels.errors import InputError
 from . import common
 
 PROTOCOLS = "counterfact, underedit, zsre, synthetic, wild, ripple, perplexity, drift or ability"
-WITHOUT_FACTS = ("perplexity", "drift", "ability")
+WITHOUT_FACTS = ("perplexity", "ability")  # drift: facts or texts
 
 
 def evaluate(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Model directory or hub id, or demo.")] = None,
     data: Annotated[
         Path | None,
-        typer.Argument(metavar="DATA", help="Facts: .jsonl, .csv, or a published data set (.json)."),
+        typer.Argument(
+            metavar="DATA", help="Facts: .jsonl, .csv, or a published data set (.json); none for perplexity, ability."
+        ),
     ] = None,
     delta: Annotated[Path | None, typer.Option(help="The --out folder of an edit, applied before measuring.")] = None,
     protocol: Annotated[str, typer.Option(help=f"What is measured: {PROTOCOLS}.")] = "counterfact",
@@ -26,7 +28,10 @@ def evaluate(
         str | None,
         typer.Option(help="Around each question (wild: qa_inst; synthetic: question-only; chat, chat_temp)."),
     ] = None,
-    judge: Annotated[str, typer.Option(help="Who judges answers (wild): auto, exact or llm (needs a key).")] = "auto",
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Who judges answers (wild): exact, llm (needs a key), or auto, llm where there is one."),
+    ] = None,
     judge_model: Annotated[str | None, typer.Option(help="Model of the llm judge.")] = None,
     judge_url: Annotated[str | None, typer.Option(help="Its OpenAI-compatible endpoint.")] = None,
     truncation: Annotated[
@@ -62,7 +67,7 @@ def evaluate(
     quantize: common.Quantize = None,
     json: common.Json = False,
 ) -> None:
-    """Measure a model under a protocol; with --delta of an edited one, where it compares also the unedited.
+    """Measure a model under a protocol; with --delta the edited one, compared with the unedited where it can be.
 
     Answers are kept as they come: interrupted, the same command goes on.
 
@@ -76,31 +81,47 @@ def evaluate(
     from ..engine.datasets import read_facts
     from ..engine.delta import Delta
     from ..engine.evaluation import evaluate, find_protocol
+    from ..engine.evaluation.contexts import check_context
     from ..engine.evaluation.outcome import write
     from ..engine.evaluation.perplexity import read_texts
+    from ..engine.evaluation.wild import GOLD, NATURAL
     from ..engine.report import versions
 
-    found = find_protocol(protocol)  # what can be known to be wrong is said before the model is loaded
+    found = find_protocol(protocol)  # what can be known to be wrong is said before anything is loaded
     if model is None:
         raise InputError("a MODEL is missing; expected `rewire evaluate MODEL DATA`, or --validate DATA alone")
-    if data is None and protocol not in WITHOUT_FACTS:
+    if data is None and protocol not in (*WITHOUT_FACTS, "drift"):
         raise InputError(f"DATA is missing; --protocol {protocol} measures facts: name a file of them")
+    if data is not None and protocol in WITHOUT_FACTS:
+        raise InputError(f"DATA {data}: --protocol {protocol} measures no facts; leave it out")
     if out is not None:
         common.new_folder(out)
     given = {
         **{"context": context, "truncation": truncation, "locality": locality, "tasks": task or None},
-        **{"compat": compat or None, "texts": texts},
+        **{"compat": compat or None, "texts": texts, "judge": judge},
     }
     more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name in more:
         if name not in found.options:
             raise InputError(f"{_flag(name)}: --protocol {protocol} takes none; it is of {_takers(name)}")
+    if protocol != "wild" and (judge_model or judge_url):
+        named = "--judge-model" if judge_model else "--judge-url"
+        raise InputError(f"{named}: --protocol {protocol} takes none; it is of wild")
+    if protocol != "counterfact" and (generation or snippets):
+        named = "--generation" if generation else "--snippets"
+        raise InputError(f"{named}: --protocol {protocol} takes none; it is of counterfact")
+    if context is not None:
+        check_context(context)
+    if truncation not in (None, NATURAL, GOLD):
+        raise InputError(f"--truncation {truncation}: expected {NATURAL} or {GOLD}")
+    if "weights" in found.options and delta is None:
+        raise InputError(f"--protocol {protocol} compares with the unedited model; name an edit with --delta")
     if texts is not None:
         more["texts"] = read_texts(texts)
     elif protocol == "perplexity":
         raise InputError("--texts is missing; expected the texts whose perplexity is measured: .json, .jsonl or .txt")
     if protocol == "wild":
-        more["judge"] = common.find_judge(judge, judge_model, judge_url)
+        more["judge"] = common.find_judge(judge or "auto", judge_model, judge_url)
     facts = [] if data is None else read_facts(data, limit, convention, generation=generation, snippets=snippets)
     change = None if delta is None else Delta.load(delta)
     loaded = common.load(model, dtype, device, quantize)
@@ -127,8 +148,6 @@ def evaluate(
             weights = change.apply(loaded)
             if "weights" in found.options:
                 more["weights"] = weights
-        elif "weights" in found.options:
-            raise InputError(f"--protocol {protocol} compares with the unedited model; name an edit with --delta")
         report = measure("evaluate", change is None)
     about = {
         "model": model,
@@ -153,7 +172,9 @@ def evaluate(
     states[f"{model}{' + ' + str(delta) if delta else ''}"] = report["metrics"]
     common.print_metrics(states, protocol)
     judged = f", judged by {report['judge']['kind']}" if "judge" in report else ""
-    print(f"{common.count(len(facts), 'fact')}, protocol {protocol}{judged}")
+    what = [common.count(len(facts), "fact")] if facts else []
+    what += [common.count(len(more["texts"]), "text")] if "texts" in more else []
+    print(f"{', '.join([*what, f'protocol {protocol}'])}{judged}")
     if out is not None:
         print(f"written to {out}; rewire report {os.fspath(out)} makes a page of it")
 

@@ -146,7 +146,10 @@ def run(
 
     def tell(row: dict[str, Any]) -> None:
         if not json:
-            (_print_row if experiment.mode is None else _print_checkpoint)(row)
+            if experiment.mode is None:
+                _print_row(row)
+            else:
+                _print_checkpoint(row, experiment.protocol)
         rows.append(row)
 
     try:
@@ -174,12 +177,13 @@ def _print_row(row: dict[str, Any]) -> None:
     print(f"{line} {seconds:>5}".rstrip(), flush=True)
 
 
-def _print_checkpoint(row: dict[str, Any]) -> None:
+def _print_checkpoint(row: dict[str, Any], protocol: str) -> None:
     """One line of a mode: how many facts, and each metric."""
     of = "unedited" if row["number"] == 0 else "edited"
+    found = row["metrics"]
     metrics = ", ".join(
-        f"{name.replace('_', ' ')} {common.said(name, value)}" for name, value in row["metrics"].items()
-        if value is not None
+        f"{label} {common.said(name, found[name])}" for name, label in common.labels(protocol, found)
+        if found[name] is not None
     )  # fmt: skip
     print(f"{common.count(row['facts'], 'fact')} {of}: {metrics}", flush=True)
 

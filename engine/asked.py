@@ -12,8 +12,9 @@ from typing import Any
 from ..kernels.errors import InputError
 from .answer_store import AnswerStore, known_answers, question_key
 from .beside import Beside
-from .decoding import LIMIT, Said, continue_each, ending
+from .decoding import LIMIT, Said, continue_each
 from .delta import Update
+from .endings import ending
 from .model import Model
 from .phases import Tick
 from .prompts import answer_rows, prompt_ids

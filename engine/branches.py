@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .model import Model
-from .passes import Stop, forward, hooks
+from .passes import before_head
 from .prompts import Row
 
 LONGEST = 512  # tokens of a tree: attention takes their square
@@ -83,12 +83,6 @@ def read_trees(model: Model, trees: Sequence[Tree]) -> Tensor:
     def padded(columns: Sequence[list[int]], fill: int) -> Tensor:
         return torch.tensor([column + [fill] * (longest - len(column)) for column in columns], device=model.device)
 
-    seen: list[Tensor] = []
-
-    def keep(module: Any, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise Stop
-
     more: dict[str, Any] = {}
     branched = any(tree.branch[-1] for tree in trees)
     if branched or any(tree.positions[0] for tree in trees):
@@ -98,9 +92,7 @@ def read_trees(model: Model, trees: Sequence[Tree]) -> Tensor:
         causal = torch.ones(longest, longest, dtype=torch.bool, device=model.device).tril()
         apart = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
         more["attention_mask"] = _as_taken(model, (causal & apart)[:, None])
-    with hooks(model.head.register_forward_pre_hook(keep)):
-        forward(model, padded([tree.ids for tree in trees], 0), **more)
-    return seen[0]
+    return before_head(model, padded([tree.ids for tree in trees], 0), **more)
 
 
 def _as_taken(model: Model, allowed: Tensor) -> Tensor:

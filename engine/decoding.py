@@ -8,45 +8,32 @@ prompt (in exact arithmetic).
 A family that cannot be continued so (`can_keep` tries it) is read anew for every token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
 
 from ..kernels.errors import InputError
 from ..stats.collect import batches
 from ..stats.memory import free_bytes
 from .beside import Beside
+from .endings import Ending, ending
+from .kept import Kept, joined, taken, with_room
 from .model import Model
-from .passes import MEMORY_SHARE, Stop, forward, forward_bytes, fused, hooks, tokens_that_fit
+from .passes import MEMORY_SHARE, before_head, forward_bytes, fused, tokens_that_fit
 from .phases import Tick
 from .prompts import prompt_ids
 
 LIMIT = 50  # tokens of an answer (arXiv 2502.11177)
 CPU_ROWS, GPU_ROWS = 128, 1024  # continued at once
 LEAST_SHARED = 4  # tokens of a common beginning that are worth a forward of their own
-ROOM = 16  # columns that are added together
 DEAD = 1 / 8  # share of rows that have ended, from which on they are taken out: that copies the rest
 POLL = 8  # steps of a GPU between two looks at what was said: each look waits for it
 TRIAL = (5, 2, 9)  # tokens of the prompts that `can_keep` tries, which goes on by as many as the second
 TOLERANCE = 1e-3  # of the largest logit, in float32: what keeping may change there
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Where an answer ends: behind the first token that `table` has, or whose text completes one of `spelled`.
-
-    table: [vocab] bool on the CPU; spelled: texts that several tokens may spell; surface: the text of each token id,
-    empty where nothing is spelled
-    """
-
-    table: Tensor
-    spelled: tuple[str, ...] = ()
-    surface: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,37 +42,6 @@ class Said:
 
     ids: tuple[int, ...]
     ended: str
-
-
-def surfaces(tokenizer: Any, vocab: int) -> tuple[str, ...]:
-    """The text of each token id as it stands within a text: with its space, special tokens as they are written."""
-    prefix = tokenizer("abcdef", add_special_tokens=False)["input_ids"]
-    known = min(vocab, len(tokenizer))
-    whole = tokenizer.batch_decode(
-        [[*prefix, i] for i in range(known)], skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    before = tokenizer.decode(prefix, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return tuple(text.removeprefix(before) for text in whole) + ("",) * (vocab - known)
-
-
-def ending(model: Model, texts: Sequence[str] = ()) -> Ending:
-    """At the end of the text, and behind any token that holds one of these texts anywhere (arXiv 2502.11177: "." and
-    a line break): the whole token counts as said.
-
-    The end of the text also counts where ordinary tokens spell it, as in the stop strings of transformers.
-    """
-    tokenizer = model.tokenizer
-    config = getattr(model.hf, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    ids = [*(named if isinstance(named, (list, tuple)) else [named]), tokenizer.eos_token_id]
-    table = torch.zeros(model.anatomy.vocab, dtype=torch.bool)
-    table[[i for i in ids if i is not None and i < len(table)]] = True
-    if not texts:
-        return Ending(table)
-    surface = surfaces(tokenizer, len(table))
-    spelled = tuple(text for text in (tokenizer.eos_token,) if text)
-    table |= torch.tensor([any(text in token for text in (*texts, *spelled)) for token in surface])
-    return Ending(table, spelled, surface)
 
 
 @torch.no_grad()
@@ -150,76 +106,6 @@ def _places(model: Model, longest: int) -> int:
     return max(1, min(cap, int(MEMORY_SHARE * free_bytes(model.device) / a_row)))
 
 
-class _Layer(DynamicLayer):
-    """One layer's keys and values [rows, heads, columns, width], with room behind them: a step copies nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.columns = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, stop = self.columns, self.columns + key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = (_with_room(t[:, :, :0], stop) for t in (key_states, value_states))
-        elif stop > self.keys.shape[2]:
-            self.keys, self.values = (_with_room(t[:, :, :start], stop + ROOM) for t in (self.keys, self.values))
-        self.keys[:, :, start:stop] = key_states
-        self.values[:, :, start:stop] = value_states
-        self.columns = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def hold(self, keys: Tensor, values: Tensor, columns: int) -> None:
-        """These tensors, of which the first columns are filled."""
-        self.lazy_initialization(keys, values)
-        self.keys, self.values, self.columns = keys, values, columns
-
-
-def _with_room(held: Tensor, columns: int) -> Tensor:
-    made = held.new_zeros(*held.shape[:2], columns, held.shape[3])
-    made[:, :, : held.shape[2]] = held
-    return made
-
-
-class _Kept(Cache):
-    """What attention keeps of the tokens that were read, layer by layer."""
-
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=_Layer)
-
-    @property
-    def columns(self) -> int:
-        return self.layers[0].columns if self.layers else 0  # type: ignore[union-attr]
-
-    def each(self, change: Callable[[Tensor], Tensor], columns: int) -> "_Kept":
-        """With every layer's buffers changed; columns: how many are filled then."""
-        made = _Kept()
-        for layer in self.layers:
-            made.layers.append(_Layer())
-            made.layers[-1].hold(change(layer.keys), change(layer.values), columns)  # type: ignore[union-attr, arg-type]
-        return made
-
-
-def joined(parts: Sequence[_Kept], columns: int) -> _Kept:
-    """One below the other, all ending in column `columns`, with room for a few steps behind it."""
-    made = _Kept()
-    for layers in zip(*(part.layers for part in parts), strict=True):
-        made.layers.append(_Layer())
-        sides = [
-            torch.cat([_ending_at(getattr(layer, side), layer.columns, columns) for layer in layers])
-            for side in ("keys", "values")
-        ]  # type: ignore[union-attr]
-        made.layers[-1].hold(*sides, columns)  # type: ignore[union-attr]
-    return made
-
-
-def _ending_at(held: Tensor, filled: int, columns: int) -> Tensor:
-    return nn.functional.pad(held[:, :, :filled], (0, 0, columns - filled, ROOM))
-
-
 @dataclass
 class _Rows:
     """Rows that are continued.
@@ -236,7 +122,7 @@ class _Rows:
     live: list[bool]
     said: list[list[int]]
     tails: list[str]
-    kept: _Kept | None
+    kept: Kept | None
     real: Tensor
     next: Tensor
     at: Tensor
@@ -320,9 +206,7 @@ class _Run:
             chosen = [numbers[i] for i in batch]
             ids = nn.utils.rnn.pad_sequence([torch.tensor(prompts[i][shared:]) for i in chosen], batch_first=True)
             kept = (
-                (_Kept() if beginnings is None else self._begun(beginnings, chosen, ids.shape[1]))
-                if self.keep
-                else None
+                (Kept() if beginnings is None else self._begun(beginnings, chosen, ids.shape[1])) if self.keep else None
             )
             more: dict[str, Any] = {}
             if shared:
@@ -335,7 +219,7 @@ class _Run:
             # padded on the right so far: moved so that all end in the last column
             place = torch.arange(columns, device=lengths.device) - (columns - lengths[:, None])
             if kept is not None:
-                kept = kept.each(partial(_taken, place=place.clamp_min(0)), columns)
+                kept = kept.each(partial(taken, place=place.clamp_min(0)), columns)
             spelled = [
                 self._tail("".join(self.end.surface[t] for t in prompts[i][-self.spells :] if self.spells))
                 for i in chosen
@@ -361,26 +245,27 @@ class _Run:
         """Tokens that all these prompts begin with, where they are worth it; each has one more at least."""
         if len(numbers) < 2:
             return 0
-        low, high = min(self.prompts[i] for i in numbers), max(self.prompts[i] for i in numbers)
+        prompts = [tuple(self.prompts[i]) for i in numbers]
+        low, high = min(prompts), max(prompts)
         same = next((at for at, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
         same = min(same, min(len(self.prompts[i]) for i in numbers) - 1)
         return same if same >= LEAST_SHARED else 0
 
-    def _beginnings(self, numbers: Sequence[int], shared: int) -> tuple[dict[int, int], _Kept]:
+    def _beginnings(self, numbers: Sequence[int], shared: int) -> tuple[dict[int, int], Kept]:
         """What is kept of the common beginning under each delta, and where each delta's stands."""
         owners = {self.owner[i] if self.beside is not None else -1: i for i in numbers}
-        kept = _Kept()
+        kept = Kept()
         chosen = list(owners.values())
         self._enter(chosen)
         ids = torch.tensor([self.prompts[i][:shared] for i in chosen], device=self.model.device)
         self._hidden(ids, kept)
         return {name: place for place, name in enumerate(owners)}, kept
 
-    def _begun(self, beginnings: tuple[dict[int, int], _Kept], chosen: list[int], more: int) -> _Kept:
+    def _begun(self, beginnings: tuple[dict[int, int], Kept], chosen: list[int], more: int) -> Kept:
         places, held = beginnings
         index = torch.tensor([places[self.owner[i] if self.beside is not None else -1] for i in chosen])
         room = held.columns + more
-        return held.each(lambda side: _with_room(side[index.to(side.device), :, : held.columns], room), held.columns)
+        return held.each(lambda side: with_room(side[index.to(side.device), :, : held.columns], room), held.columns)
 
     def step(self, rows: _Rows) -> None:
         """One token more of each row."""
@@ -450,31 +335,14 @@ class _Run:
         best: Tensor = self.model.logits(hidden).argmax(-1)
         return best.to(self.model.device)
 
-    def _hidden(self, ids: Tensor, kept: _Kept | None, **more: Any) -> Tensor:
-        return _before_head(self.model, ids, kept, **more)
-
-
-def _before_head(model: Model, ids: Tensor, kept: _Kept | None, **more: Any) -> Tensor:
-    """What the head would read, [rows, T, d_model]."""
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise Stop
-
-    with hooks(model.head.register_forward_pre_hook(keep)):
-        forward(model, ids, **({} if kept is None else {"past_key_values": kept, "use_cache": True} | more))
-    return seen[0]
-
-
-def _taken(held: Tensor, place: Tensor) -> Tensor:
-    """[rows, heads, columns, width]: of each row the columns at these places [rows, columns]."""
-    index = place.to(held.device)[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
-    return nn.functional.pad(held.gather(2, index), (0, 0, 0, ROOM))
+    def _hidden(self, ids: Tensor, kept: Kept | None, **more: Any) -> Tensor:
+        if kept is not None:
+            more |= {"past_key_values": kept, "use_cache": True}
+        return before_head(self.model, ids, **more)
 
 
 def continuations(model: Model, prompts: Sequence[str], tokens: int) -> list[str]:
-    """What the model says behind each prompt, `tokens` tokens at most; nothing behind one that fills its longest row."""
+    """What the model says behind each prompt, at most so many tokens; nothing behind one that fills its longest row."""
     coded = prompt_ids(model.tokenizer, prompts)
     fits = [i for i, ids in enumerate(coded) if 0 < len(ids) < model.max_length]
     said = dict(continue_each(model, [coded[i] for i in fits], ending(model), tokens))

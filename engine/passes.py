@@ -164,20 +164,26 @@ def blocks_until(model: Model, ids: Tensor, layer: int) -> Tensor:
     return kept[0]
 
 
-@torch.no_grad()
-def final_hidden(model: Model, rows: Sequence[Row], places: Sequence[Sequence[int]], batch_tokens: int) -> Tensor:
-    """Hidden states behind the final norm at each row's places: [sum of places, d_model], rows in order."""
-    result: dict[int, Tensor] = {}
+def before_head(model: Model, ids: Tensor, **kwargs: Any) -> Tensor:
+    """What the head would read for token ids [rows, T]: [rows, T, d_model]. The head does not run."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
         raise Stop
 
-    with fused(model), hooks(model.head.register_forward_pre_hook(keep)):
+    with hooks(model.head.register_forward_pre_hook(keep)):
+        forward(model, ids, **kwargs)
+    return seen[0]
+
+
+@torch.no_grad()
+def final_hidden(model: Model, rows: Sequence[Row], places: Sequence[Sequence[int]], batch_tokens: int) -> Tensor:
+    """Hidden states behind the final norm at each row's places: [sum of places, d_model], rows in order."""
+    result: dict[int, Tensor] = {}
+    with fused(model):
         for batch in batches([len(row.ids) for row in rows], batch_tokens):
-            forward(model, pad([rows[i] for i in batch], model.device))
-            hidden = seen.pop()
+            hidden = before_head(model, pad([rows[i] for i in batch], model.device))
             for line, i in enumerate(batch):
                 result[i] = hidden[line, list(places[i])]
     return torch.cat([result[i] for i in range(len(rows))])

@@ -110,6 +110,7 @@ class EditSession:
             published = read_projections(projections, self.hparams.layers, model.anatomy.d_in)
         self.held = Held(model, self.hparams, stats, corpus, published, ranks)
         self._state: Any = None  # what the method's last edit left
+        self._verified: set[tuple[int, ...]] = set()
 
     def edit(
         self,
@@ -252,6 +253,7 @@ class EditSession:
             self.batch_size,
             self._value_folder(self.contexts),
             self.ranks,
+            self._verified,
         )
 
     def undo(self, identity: str) -> None:

@@ -26,7 +26,7 @@ ENGINE = (
     *("passes", "streams", "statistics", "fit"),
     *("branches", "scores", "entry", "suffix", "walk", "datasets", "neighbors", "keys"),
     *("value_groups", "value_steps", "value_store", "values", "value_turns", "delta", "beside"),
-    *("decoding", "answer_store", "asked", "judges"),
+    *("endings", "kept", "decoding", "answer_store", "asked", "judges"),
     *("solve", "plan", "evaluation", "editors", "edits", "held", "report"),
     *("session", "experiment", "page", "compat"),
 )

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Job:
     batch_size: facts whose values are optimised at once, None: from the free memory
     cache: the folder that their values are kept in, None: nowhere
     ranks: the processes that share the values; each does the rest by itself
+    verified: layers for which the session has found the model to be what its anatomy says
     """
 
     model: Model
@@ -52,6 +53,7 @@ class Job:
     batch_size: int | None = None
     cache: Path | None = None
     ranks: Ranks = ALONE
+    verified: set[tuple[int, ...]] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,10 @@ def check(job: Job, site: tuple[str, ...] | None = None) -> None:
     """The model can be written to and is what its anatomy says, rows are short enough, neighbours are there where they
     are asked for, and so are second moments of what is written (of `site`; None: the objective's)."""
     editable(job.model)
-    verify(job.model, job.hparams.layers[-1])
-    verify_walk(job.model, job.hparams.layers)
+    if job.hparams.layers not in job.verified:  # the model's structure, which no edit changes
+        verify(job.model, job.hparams.layers[-1])
+        verify_walk(job.model, job.hparams.layers)
+        job.verified.add(job.hparams.layers)
     if runs_inside(job.model.anatomy, job.objective.site):  # refused where attention's projection is not known
         job.model.projection(job.hparams.layers[-1], ATTENTION)
     lacking = [fact.id for fact in job.facts if not fact.edit_neighbors] if job.objective.neighbors else []

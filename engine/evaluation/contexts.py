@@ -39,8 +39,13 @@ ABOUT = {
 
 def in_context(model: Model, prompt: str, context: str) -> str:
     """The text that the model is given. Raises `InputError` for an unknown context, and where a model has none."""
+    check_context(context)
+    return CONTEXTS[context](model, prompt)
+
+
+def check_context(context: str) -> None:
+    """Raises `InputError` for an unknown one."""
     if context not in CONTEXTS:
         near = difflib.get_close_matches(context, CONTEXTS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(CONTEXTS)}"
         raise InputError(f"unknown context {context!r}; {hint}")
-    return CONTEXTS[context](model, prompt)

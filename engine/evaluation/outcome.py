@@ -10,6 +10,7 @@ from typing import Any
 from ...stats.cache import write_whole
 from ..asked import mean
 from ..facts import Fact
+from .things import kept_things
 
 SUMMARY, RECORDS, TABLE, PUBLISHED = "evaluation.json", "records.jsonl", "records.csv", "results.json"
 FORMAT = "rewire-evaluation-1"
@@ -30,12 +31,17 @@ def write(
     before: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `evaluation.json` (what was measured, how, and the metrics), `records.jsonl` and `records.csv` (a flat row
-    a fact) and, of `wild` and `synthetic`, `results.json` (published layout). Each file is written whole.
+    """Writes `evaluation.json` (what was measured, how, and the metrics; also the records of texts and tasks), of facts
+    `records.jsonl` and `records.csv` (a flat row each) and, of `wild` and `synthetic` beside an unedited model,
+    `results.json` (published layout). Each file is written whole.
 
     after, before: what `evaluate` gave of the model, and of the unedited one
     about: what else the summary says: model, fingerprint, delta, seconds, versions, ...
     """
+    now, then = _by_id(after), {} if before is None else _by_id(before)
+    rows = [flat(fact, now[fact.id], then.get(fact.id)) for fact in facts if fact.id in now]
+    ids = {fact.id for fact in facts}
+    others = [record for record in after["facts"] if record["id"] not in ids]
     summary = {
         "format": FORMAT,
         "protocol": after["protocol"],
@@ -44,19 +50,23 @@ def write(
         "unedited": None if before is None else before["metrics"],
         **{key: after[key] for key in ("judge", "context", "left_out") if key in after},
         "facts": len(facts),
+        **({"records": others} if others else {}),
         **(about or {}),
     }
-    earlier: Sequence[dict[str, Any] | None] = [None] * len(facts) if before is None else before["facts"]
-    rows = [flat(fact, a, b) for fact, a, b in zip(facts, after["facts"], earlier, strict=True)] if facts else []
-    _write(folder / RECORDS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _write(folder / TABLE, _csv(rows))
+    if rows:
+        _write(folder / RECORDS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _write(folder / TABLE, _csv(rows))
     if before is not None and after["protocol"] in ("wild", "synthetic"):
         records = [
-            published(place, fact, b, a)
-            for place, (fact, b, a) in enumerate(zip(facts, before["facts"], after["facts"], strict=True))
+            published(place, fact, things, then[fact.id], now[fact.id])
+            for place, (fact, things) in enumerate(zip(facts, kept_things(facts, 1), strict=True))
         ]
         _write(folder / PUBLISHED, json.dumps(records, ensure_ascii=False, indent=4))
     _write(folder / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+
+
+def _by_id(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {record["id"]: record for record in measured["facts"]}
 
 
 def flat(fact: Fact, after: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -79,7 +89,7 @@ def flat(fact: Fact, after: Mapping[str, Any], before: Mapping[str, Any] | None)
 
 
 def _columns(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A record's numbers: of several prompts their mean; its answers: of several prompts the first, and how many."""
+    """A record's numbers: of several prompts their mean; its answers: of several prompts the first."""
     found: dict[str, Any] = {}
     for key, value in record.items():
         named = f"{prefix}{key}"
@@ -102,8 +112,17 @@ def _columns(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def published(place: int, fact: Fact, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """One record as published (arXiv 2502.11177): the first paraphrase and the first question about something else."""
+def published(
+    place: int,
+    fact: Fact,
+    things: Sequence[tuple[str, str]],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One record as published (arXiv 2502.11177): the first paraphrase and the first question about something else.
+
+    things: the (question about something else, its answer) that was asked, or none
+    """
     return {
         "pre": _side(before),
         "case_id": place,
@@ -112,8 +131,11 @@ def published(place: int, fact: Fact, before: Mapping[str, Any], after: Mapping[
             "target_new": fact.target_new,
             "ground_truth": fact.target_true or "<|endoftext|>",
             "portability": {},
-            "locality": _locality(fact),
+            "locality": {"neighborhood": dict(zip(("prompt", "ground_truth"), things[0], strict=True))}
+            if things
+            else {},
             "subject": fact.subject,
+            "loc_prompt": None,  # a text of zsRE's training set, which WISE alone reads
             "rephrase_prompt": fact.paraphrases[0] if fact.paraphrases else None,
         },
         "post": _side(after) | {"locality": _kept(after)},
@@ -123,9 +145,9 @@ def published(place: int, fact: Fact, before: Mapping[str, Any], after: Mapping[
 def _side(record: Mapping[str, Any]) -> dict[str, Any]:
     side: dict[str, Any] = {"portability": {}}
     for kind in ("rewrite", "rephrase"):
-        if f"{kind}_acc" in record:  # synthetic: a list with one number
+        if record.get(f"{kind}_acc"):  # synthetic: a list with one number
             side[f"{kind}_acc"] = record[f"{kind}_acc"][:1]
-        elif record[kind]:
+        elif record.get(kind):
             side |= {f"{kind}_acc": float(record[kind][0]["right"]), f"{kind}_gen_content": record[kind][0]["answer"]}
     return side
 
@@ -135,17 +157,9 @@ def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"neighborhood_acc": found[:1]} if found else {}
 
 
-def _locality(fact: Fact) -> dict[str, Any]:
-    things = [(probe.prompt, probe.target) for probe in fact.locality]
-    things += [(prompt, fact.target_true or "") for prompt in fact.neighbors]
-    if not things:
-        return {}
-    return {"neighborhood": {"prompt": things[0][0], "ground_truth": things[0][1]}}
-
-
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)), lineterminator="\n")
+    text = io.StringIO(newline="")  # \r\n: else what holds a lone \r is not quoted before Python 3.13
+    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -44,6 +44,7 @@ def measure(
         probable token ids]], "locality_acc": [a number a question], with `unedited`}
     """
     things = kept_things(facts, locality)
+    earlier = same_facts(unedited, facts, "locality_output", things)
     wanted: list[list[tuple[str, str, str]]] = []  # of each fact: (kind, prompt, object)
     for fact, others in zip(facts, things, strict=True):
         questions = [("rewrite", fact.question), *(("rephrase", text) for text in fact.paraphrases)]
@@ -52,7 +53,6 @@ def measure(
         of += [("portability", in_context(asked.model, r.prompt, context), r.targets[0]) for r in follows]
         wanted.append(of + [("locality", prompt, target) for prompt, target in others])
     found: list[list[tuple[str, Answer]]] = ask(wanted, lambda flat: asked.answers(flat, progress))
-    earlier = same_facts(unedited, facts, "locality_output")
     records = []
     for fact, of_fact in zip(facts, found, strict=True):
         record: dict[str, Any] = {"id": fact.id}

@@ -30,18 +30,22 @@ def ask(
     return [[(kind, next(answers)) for kind, *_ in of] for of in wanted]
 
 
-def same_facts(unedited: dict[str, Any] | None, facts: Sequence[Fact], key: str) -> dict[str, Any] | None:
+def same_facts(
+    unedited: dict[str, Any] | None, facts: Sequence[Fact], key: str, things: Sequence[Sequence[Any]]
+) -> dict[str, Any] | None:
     """id -> what the unedited model's evaluation has under `key`; None without one.
 
-    Raises `InputError` where it is one of other facts.
+    things: what each fact is asked there: a list of as many
+    Raises `InputError` where it is one of other facts, or was asked otherwise.
     """
     if unedited is None:
         return None
     known = {record["id"]: record.get(key) for record in unedited["facts"]}
-    lacking = [fact.id for fact in facts if known.get(fact.id) is None]
-    if lacking:
-        raise InputError(
-            f"fact {lacking[0]}: not in what is given as the unedited model's evaluation; evaluate the unedited model "
-            "on the same facts, with the same options"
-        )
+    for fact, of in zip(facts, things, strict=True):
+        found = known.get(fact.id)
+        if found is None or len(found) != len(of):
+            raise InputError(
+                f"fact {fact.id}: not in what is given as the unedited model's evaluation, or asked otherwise there; "
+                "evaluate the unedited model on the same facts, with the same options"
+            )
     return known

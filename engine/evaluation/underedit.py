@@ -146,7 +146,7 @@ def _as_published(asked: Asked, questions: Sequence[Questions]) -> list[Scored]:
     for number, of in enumerate(questions):
         for kind in (of.efficacy, of.generalization, of.neighbors):
             for side in (1, 2):
-                pairs = [(question[0], question[side]) for question in kind if question[side] is not None]
+                pairs = [(question.prompt, target) for question in kind if (target := question[side]) is not None]
                 rows = answer_rows(asked.model.tokenizer, pairs)
                 longest = max((len(row.ids) for row in rows), default=0)
                 wanted += [(number, *pair) for pair in pairs]
@@ -195,8 +195,8 @@ def _judge(
         whole = len(questions.neighbors)
         record["specificity"]["acc"] = [float(all(tokens)) for tokens in same[:whole]]
         record["specificity"]["acc"] += [sum(tokens) / len(tokens) for tokens in same[whole:]]
-    for name, kind in (("rewrite_ppl", questions.efficacy), ("rephrase_ppl", questions.generalization)):
-        record[name] = _perplexity([unmoved[question.prompt, question.wanted] for question in kind])
+    for name, asked in (("rewrite_ppl", questions.efficacy), ("rephrase_ppl", questions.generalization)):
+        record[name] = _perplexity([unmoved[question.prompt, question.wanted] for question in asked])
     return record
 
 

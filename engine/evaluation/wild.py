@@ -60,13 +60,15 @@ def measure(
     if truncation not in (NATURAL, GOLD):
         raise InputError(f"truncation {truncation!r} found; expected {NATURAL} or {GOLD}")
     judge = judge or ExactMatch()
+    things = kept_things(facts, locality)
+    earlier = same_facts(unedited, facts, "locality", things)
     wanted: list[list[tuple[str, str, tuple[str, ...]]]] = []  # of each fact: (kind, prompt, accepted answers)
-    for fact, things in zip(facts, kept_things(facts, locality), strict=True):
+    for fact, others in zip(facts, things, strict=True):
         of: list[tuple[str, str, tuple[str, ...]]] = [("rewrite", fact.question, (fact.target_new,))]
         of += [("rephrase", text, (fact.target_new,)) for text in fact.paraphrases]
         follows = [ripple for ripple in fact.ripples if ripple.category in PORTABILITY]
         of += [("portability", ripple.prompt, ripple.targets) for ripple in follows]
-        wanted.append(of + [("locality", prompt, (target,)) for prompt, target in things])
+        wanted.append(of + [("locality", prompt, (target,)) for prompt, target in others])
     total = sum(map(len, wanted))
     lengths: dict[tuple[str, str], int] = {}
 
@@ -103,7 +105,6 @@ def measure(
                 claims.append(Claim(prompt, gold, text))
         records.append(record)
     verdicts = iter(judge.verdicts(claims, lambda done, of: progress(total, total)))
-    earlier = same_facts(unedited, facts, "locality")
     for record in records:
         for kind in ("rewrite", "rephrase", "portability"):
             for answered in record[kind]:

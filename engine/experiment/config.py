@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ...kernels.errors import InputError
 from ..editors.registry import find_method
+from ..evaluation.contexts import check_context
 from ..facts import read_text
 from ..hparams import SET, check_settings
 from ..model import DTYPES
@@ -139,6 +140,12 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _what_a_mode_takes(self) -> "Experiment":
+        asked = {"judge": self.judge != "auto", "judge_model": self.judge_model, "judge_url": self.judge_url}
+        of_judge = next((name for name, value in asked.items() if value), None)
+        if of_judge and self.protocol != "wild":
+            raise ValueError(f"{of_judge} is of generated answers; protocol {self.protocol} has none (wild has)")
+        if self.judge == "exact" and (self.judge_model or self.judge_url):
+            raise ValueError("judge_model and judge_url are of judge llm; judge exact asks no model")
         own = {"context": self.context, "only_wrong": self.only_wrong, "checkpoints": self.checkpoints}
         if self.mode is None:
             named = [name for name, value in own.items() if value]
@@ -152,14 +159,21 @@ class Experiment(BaseModel):
             raise ValueError(f"mode {self.mode}: say which protocol: wild, synthetic, counterfact, zsre or ripple")
         if self.mode != "batch" and self.batch is not None:
             raise ValueError(f"batch is of mode batch; mode {self.mode} edits one fact at a time")
-        if self.iterations > 1 and self.mode == "single":
-            raise ValueError("mode single edits each fact once; iterations is for the others")
+        if self.mode == "single" and self.iterations > 1:
+            said = f"iterations is {self.iterations} (also by a method's name that ends in {names.RECURSIVE})"
+            raise ValueError(f"mode single edits each fact once; {said}")
+        if self.mode == "single" and self.stop_gap is not None:
+            raise ValueError("stop_gap is of iterations; mode single edits each fact once")
+        if self.perplexity is not None:
+            raise ValueError(f"perplexity is of an experiment without a mode; mode {self.mode} reads no texts")
         if self.mode == "single" and self.checkpoints:
             raise ValueError("checkpoints is of sequential and batch; single edits never meet each other")
         if self.only_wrong and self.protocol != "wild":
             raise ValueError(f"only_wrong needs generated answers; protocol {self.protocol} has none (wild has)")
         if self.context and self.protocol not in ("wild", "synthetic"):
             raise ValueError(f"context is of wild and synthetic; protocol {self.protocol} asks as it stands")
+        if self.context:
+            check_context(self.context)
         return self
 
     @property
@@ -179,6 +193,7 @@ class Experiment(BaseModel):
         if self.batch is not None:
             parts.append(f"B_{self.batch}")
         if self.mode is not None:
+            parts += [f"I_{self.iterations}"] if self.iterations > 1 else []
             asked = "-".join(part for part in (self.protocol, self.context) if part)
             parts += [self.mode + (f"-{self.checkpoints}" if self.checkpoints else ""), asked]
             if self.only_wrong:

@@ -18,6 +18,7 @@ from ..evaluation import evaluate, find_protocol
 from ..evaluation.outcome import flat, write
 from ..facts import Fact
 from ..judges import find_judge
+from ..judges.llm import KEY_VARIABLE
 from ..model import Model
 from ..phases import Listener
 from ..report import versions
@@ -27,7 +28,7 @@ from . import names, results
 from .begin import read_inputs, session_of
 from .config import Experiment
 from .data import facts_of
-from .progress import Progress
+from .progress import Progress, content_digest
 
 STEPS, CHECKPOINTS, IMMEDIATE, SINGLES = "steps.json", "checkpoints.json", "immediate.jsonl", "singles.json"
 SAVE_SECONDS = 20.0  # between two saves of a sequence's steps
@@ -52,11 +53,21 @@ def run(
     more: dict[str, Any] = {} if experiment.context is None else {"context": experiment.context}
     if experiment.protocol == "wild":
         more["judge"] = find_judge(experiment.judge, model=experiment.judge_model, base_url=experiment.judge_url)
+        _same_judge(progress, content_digest(more["judge"].describe()))
     model = load(names.locate(experiment.model), experiment.dtype, experiment.device)
     session = session_of(experiment, inputs, model, listener)
     progress.begin(model.fingerprint)
     _Mode(experiment, model, facts, more, progress, listener, tell).whole(session)
     return progress.folder
+
+
+def _same_judge(progress: Progress, judge: str) -> None:
+    """What "auto" comes to depends on a key; steps that two judges judged would not compare."""
+    if progress.about.setdefault("judge", judge) != judge:
+        raise InputError(
+            f"{progress.folder}: begun with another judge than judge: {progress.experiment.judge} is now: set or unset "
+            f"{KEY_VARIABLE} as it was, or name another --out"
+        )
 
 
 class _Mode:
@@ -107,6 +118,7 @@ class _Mode:
         if not self.facts:
             raise InputError(f"only_wrong: the unedited model answers all {asked} facts right; nothing is left to edit")
         self.sources["asked"] = asked
+        self.before = {}  # the unedited model is not compared with itself
         self.before = self._measure(self.facts, "evaluate_unedited", keep=True)  # answers are known: metrics alone
 
     def _single(self, session: EditSession) -> dict[str, Any]:
@@ -141,12 +153,12 @@ class _Mode:
                     step["metrics"] = (after if last else self._measure(self.facts[:so_far], "evaluate"))["metrics"]
                 checkpoints.append({"after": so_far, "metrics": step["metrics"]})
                 results.write_json(folder / CHECKPOINTS, checkpoints)
-                if not last:
-                    self._row(len(self.progress.steps), {"metrics": step["metrics"]}, so_far)
             steps.append(step)
             if due or last or time.monotonic() - saved > SAVE_SECONDS:
                 results.write_json(folder / STEPS, steps if len(steps) > len(known) else [*steps, *known[len(steps) :]])
                 saved = time.monotonic()
+            if due and not last:
+                self._row(len(self.progress.steps), {"metrics": step["metrics"]}, so_far)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for step in steps for row in step["immediate"])
         write_whole(folder / IMMEDIATE, lambda file: file.write(lines.encode()))
         session.save(folder)
@@ -163,7 +175,10 @@ class _Mode:
     ) -> dict[str, Any]:
         start = time.perf_counter()
         more = self.more | ({"unedited": self.before} if self.against and self.before else {})
-        with AnswerStore.of(self.model, keep) as store:
+        store = AnswerStore.of(self.model, keep)
+        if deltas:  # beside the unedited weights, whose answers stay
+            store = AnswerStore(store.folder / "single", keep)
+        with store:
             found = evaluate(
                 self.model,
                 facts,

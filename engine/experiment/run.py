@@ -82,6 +82,8 @@ def summarize(experiment: Experiment) -> tuple[Path, list[Row]]:
 
     Raises `InputError` where there are none.
     """
+    if experiment.mode is not None:
+        raise InputError(f"mode {experiment.mode} is summed up as it runs; `rewire report` makes a page of its folder")
     count = experiment.num_edits or len(facts_of(experiment))
     folder = experiment.folder(count)
     steps = results.count(folder)

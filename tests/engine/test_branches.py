@@ -10,7 +10,7 @@ from small_models import FAMILIES, VOCAB, build, make, tokenizer
 from torch import Tensor
 
 import rewire
-from rewire.engine import branches, scores
+from rewire.engine import branches, passes, scores
 from rewire.engine.anatomy import widths
 from rewire.engine.beside import Beside
 from rewire.engine.branches import can_branch, grow
@@ -227,11 +227,11 @@ def test_a_beginning_that_all_share_makes_no_endless_row() -> None:
 def test_what_branching_would_break_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = double("llama")
     assert can_branch(model, 20)
-    real = branches.forward
+    real = passes.forward
 
     def without(name: str) -> Callable[..., None]:
         return lambda model, ids, **kwargs: real(model, ids, **{k: v for k, v in kwargs.items() if k != name})
 
     for name in ("attention_mask", "position_ids"):
-        monkeypatch.setattr(branches, "forward", without(name))
+        monkeypatch.setattr(passes, "forward", without(name))
         assert not can_branch(model, 20)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 import rewire
-from rewire.engine import decoding
+from rewire.engine import decoding, kept, passes
 from rewire.engine.anatomy import widths
 from rewire.engine.beside import Beside
 from rewire.engine.decoding import Said, can_keep, continue_each, ending
@@ -96,7 +96,7 @@ def test_as_generate_one_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch)
     assert ends == ["stop" if end.table[ids[-1]] else "length" for ids in wanted]
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.hf.modules())
     gc.collect()
-    assert not any(type(held) in (decoding._Kept, decoding._Layer) for held in gc.get_objects())
+    assert not any(type(held) in (kept.Kept, kept._Layer) for held in gc.get_objects())
 
 
 @pytest.mark.parametrize("poll", [1, 8])
@@ -159,12 +159,12 @@ def test_a_family_that_keeps_something_else() -> None:
 def test_what_keeping_would_break_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """`can_keep` is no formality: positions that do not reach the model make it say no."""
     model = double("llama")
-    real = decoding.forward
+    real = passes.forward
 
     def without_positions(model: rewire.Model, ids: Tensor, **kwargs: Any) -> None:
         real(model, ids, **{name: value for name, value in kwargs.items() if name != "position_ids"})
 
-    monkeypatch.setattr(decoding, "forward", without_positions)
+    monkeypatch.setattr(passes, "forward", without_positions)
     assert not can_keep(model)
 
 
