@@ -106,7 +106,9 @@ def find_judge(name: str, model: str | None, url: str | None) -> Any:
     if name == "exact" and (model or url):
         named = "--judge-model" if model else "--judge-url"
         raise InputError(f"{named}: exact match asks no model; leave it out, or say --judge llm")
-    return find_judge(name, model=model, base_url=url)
+    judge = find_judge(name, model=model, base_url=url)
+    judge.prepare()
+    return judge
 
 
 def batch_size(text: str) -> int | None:

@@ -130,13 +130,9 @@ class EditSession:
         stop_gap: no further pass once |SPREAD - OPTIMIZATION| perplexity is at most this; None: all passes
         watch: called behind each pass, with the weights as it left them; of several ranks by each
         """
-        if not facts:
-            raise InputError("no facts to edit")
-        if isinstance(facts, Fact) or not all(isinstance(fact, Fact) for fact in facts):
-            raise InputError("edit takes a list of rewire.Fact; rewire.read_facts(path) makes one")
+        facts = _checked(facts)
         if iterations < 1:
             raise InputError(f"iterations is {iterations}; expected a whole number from 1 on")
-        facts = tuple(facts)
         _warn_of_contradictions(facts)
         with using(self.impl), recording() as served:
             edit, state = self._edit(facts, evaluate, skipped, served, (iterations, stop_gap, watch))
@@ -217,7 +213,7 @@ class EditSession:
         """
         if self.edits:
             raise InputError("each fact alone: this session has edits; begin a new one")
-        facts = tuple(facts)
+        facts = _checked(facts)
         editable(self.model)
         phases = Phases(self.listener)
         with using(self.impl):
@@ -342,6 +338,14 @@ def _warn_of_contradictions(facts: Sequence[Fact]) -> None:
     if twice:
         count = "1 prompt" if len(twice) == 1 else f"{len(twice)} prompts"
         log.warning("several new objects are asked of %s (first: %r): the facts contradict, none wins", count, twice[0])
+
+
+def _checked(facts: Sequence[Fact]) -> tuple[Fact, ...]:
+    if not facts:
+        raise InputError("no facts to edit")
+    if isinstance(facts, Fact) or not all(isinstance(fact, Fact) for fact in facts):
+        raise InputError("edit takes a list of rewire.Fact; rewire.read_facts(path) makes one")
+    return tuple(facts)
 
 
 def _refuse(name: str, factors: Factors) -> float:

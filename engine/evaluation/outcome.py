@@ -123,6 +123,7 @@ def published(
 
     things: the (question about something else, its answer) that was asked, or none
     """
+    asked = {"prompt": things[0][0], "ground_truth": things[0][1]} if things else None
     return {
         "pre": _side(before),
         "case_id": place,
@@ -131,9 +132,7 @@ def published(
             "target_new": fact.target_new,
             "ground_truth": fact.target_true or "<|endoftext|>",
             "portability": {},
-            "locality": {"neighborhood": dict(zip(("prompt", "ground_truth"), things[0], strict=True))}
-            if things
-            else {},
+            "locality": {"neighborhood": asked} if asked else {},
             "subject": fact.subject,
             "loc_prompt": None,  # a text of zsRE's training set, which WISE alone reads
             "rephrase_prompt": fact.paraphrases[0] if fact.paraphrases else None,

@@ -59,6 +59,8 @@ def measure(
     """
     if truncation not in (NATURAL, GOLD):
         raise InputError(f"truncation {truncation!r} found; expected {NATURAL} or {GOLD}")
+    if unedited is not None and unedited.get("context", context) != context:
+        raise InputError(f"the unedited model was asked in context {unedited['context']!r}, now {context!r}; ask alike")
     judge = judge or ExactMatch()
     things = kept_things(facts, locality)
     earlier = same_facts(unedited, facts, "locality", things)

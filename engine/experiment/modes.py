@@ -53,6 +53,7 @@ def run(
     more: dict[str, Any] = {} if experiment.context is None else {"context": experiment.context}
     if experiment.protocol == "wild":
         more["judge"] = find_judge(experiment.judge, model=experiment.judge_model, base_url=experiment.judge_url)
+        more["judge"].prepare()
         _same_judge(progress, content_digest(more["judge"].describe()))
     model = load(names.locate(experiment.model), experiment.dtype, experiment.device)
     session = session_of(experiment, inputs, model, listener)

@@ -33,6 +33,9 @@ class Judge(Protocol):
     @property
     def name(self) -> str: ...
 
+    def prepare(self) -> None:
+        """Raises `InputError` for what is missing, before there is anything to judge."""
+
     def describe(self) -> dict[str, Any]:
         """For the report: "kind", and whatever else a verdict depends on; no secrets."""
 

@@ -25,6 +25,9 @@ class ExactMatch:
 
     name = "exact"
 
+    def prepare(self) -> None:
+        """Nothing is needed."""
+
     def describe(self) -> dict[str, Any]:
         steps = ["lower case", "ASCII punctuation deleted", "a, an, the dropped", "white space collapsed"]
         return {"kind": self.name, "normalisation": steps}

@@ -24,7 +24,7 @@ class LLMJudge:
 
     model: as the endpoint calls it
     base_url: of the endpoint; None: $OPENAI_BASE_URL, or OpenAI's
-    key_variable: environment variable with the key, which is read when the judge is first asked, and kept nowhere
+    key_variable: environment variable with the key, which is read when the judge is prepared or first asked
     concurrency: requests in flight at most
     per_minute: requests started in a minute at most, evenly spaced; None: no limit
     retries: of a claim, after its first request
@@ -57,6 +57,10 @@ class LLMJudge:
         self.endpoint = Endpoint(model, base_url, key_variable, per_minute, retries, timeout, backoff)
         self.cache = cache
         self.client: Any = None
+
+    def prepare(self) -> None:
+        """Raises `InputError` now, before answers are generated, for a missing key or package."""
+        self.client = self.client or self.endpoint.client()
 
     def describe(self) -> dict[str, Any]:
         """All that a verdict depends on beside its claim; the address without credentials and query."""
@@ -94,7 +98,7 @@ class LLMJudge:
 
     def _judge(self, claims: Sequence[Claim], kept: KeptVerdicts, progress: Callable[[int], None]) -> None:
         kept.prepare()
-        self.client = self.client or self.endpoint.client()
+        self.prepare()
         stop = threading.Event()
 
         def judge(claim: Claim) -> None:

@@ -178,7 +178,7 @@ def same(found: Any, wanted: Any, where: str = "") -> None:
         assert found == wanted, where
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_measured_under_each_as_with_each_written(family: str, corpus: Path) -> None:
     model = make(family)
     hparams = {"mom2_update_weight": 0.1, "clamp_norm_factor": 8.0}  # so that answers change
@@ -189,7 +189,7 @@ def test_measured_under_each_as_with_each_written(family: str, corpus: Path) -> 
     for protocol, more in (
         ("counterfact", {}),
         ("synthetic", {"locality": 3}),
-        ("wild", {"locality": 2, "limit": 12, "context": "question-only"}),
+        ("wild", {"locality": 2, "limit": 8, "context": "question-only"}),
         ("wild", {"truncation": "gold"}),
     ):
         plain = evaluate(model, ASKED, protocol, **more)

@@ -25,7 +25,7 @@ from weights import changed, state
 
 STOPS = (".", "\n")
 LETTERS = ("e", "t")  # what random models say soon, each at a step of its own
-LIMIT = 6
+LIMIT = 5
 HYBRID = ("Lfm2ForCausalLM", {  # convolutions that keep a state of their own
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8,
     "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.2, "block_ff_dim": 64,
@@ -83,11 +83,11 @@ def test_as_generate_one_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch)
     model = double(family)
     assert can_keep(model)
     head = random_prompts((9,), 5)[0]
-    ragged, alike = random_prompts((1, 30, 2, 7, 13, 95, 9)), random_prompts((10, 24, 94, 11), 3, head)
+    ragged, alike = random_prompts((1, 30, 2, 13, 95, 9)), random_prompts((10, 24, 11), 3, head)
     wanted = [generated(model, ids, LETTERS) for ids in (*ragged, *alike)]
     for rows in (1, 7, 64):
         assert ids_of(said(model, ragged, LETTERS, rows=rows)) == wanted[: len(ragged)]
-    for rows in (3, 64):
+    for rows in (2, 64):
         assert ids_of(said(model, alike, LETTERS, rows=rows)) == wanted[len(ragged) :]
     polled(monkeypatch, 5)
     assert ids_of(said(model, [*ragged, *alike], LETTERS, rows=7)) == wanted

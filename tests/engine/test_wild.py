@@ -27,7 +27,7 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-LIMIT = 8
+LIMIT = 6
 KINDS = ("rewrite", "rephrase", "portability", "locality")
 
 
@@ -288,6 +288,16 @@ def test_answers_and_targets_that_come_out_empty(
     assert found["facts"][0]["rewrite"][0]["right"] is right
     assert found["metrics"]["reliability"] == float(right)
     assert found["metrics"]["generalization"] is found["metrics"]["locality"] is found["metrics"]["portability"] is None
+
+
+def test_locality_is_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rewire.wrap(build(*FAMILIES["llama"][:2]), tokenizer(), "llama")
+    fact = rewire.Fact("Marie Curie", "{} worked in the area of", "physics", locality=(Probe("Where is", "Japan"),))
+    said_by_all(monkeypatch, Said((20, 30, 40), "length"))
+    unedited = evaluate(model, [fact], "wild")
+    for ids, same in (((20, 30, 40), 1.0), ((20, 30), 0.0), ((20, 30, 41), 0.0), ((20, 30, 40, 1), 0.0), ((30,), 0.0)):
+        said_by_all(monkeypatch, Said(ids, "stop"))
+        assert evaluate(model, [fact], "wild", unedited=unedited)["metrics"]["locality"] == same
 
 
 @pytest.mark.parametrize(
