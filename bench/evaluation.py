@@ -6,12 +6,13 @@ other way (the two best logits less than `TIE` apart), it is listed and not coun
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from ..engine.evaluation import evaluate
 from ..engine.evaluation.contexts import in_context
-from ..engine.facts import Fact
+from ..engine.facts import Fact, held_out
 from ..engine.model import Model
 from ..engine.phases import Listener, silent
 from ..engine.session import EditSession
@@ -25,6 +26,7 @@ Result = TypeVar("Result")
 
 TIE = 1e-4  # of logits, or of mean log-probabilities, in float32
 KINDS = ("rewrite", "rephrase", "locality")
+FORCED = ("efficacy", "paraphrase", "neighborhood")
 
 
 def bench_answers(
@@ -78,6 +80,7 @@ def bench_singles(
     Both measure `counterfact` (teacher-forced) and `wild` (generation), one by one each edit's prompts in one batch, by
     our own evaluation and, teacher-forced, also by a plain padded forward with all logits. Values start from nothing.
     """
+    facts = [replace(fact, neighbors=kept) for fact, kept in zip(facts, held_out(facts), strict=True)]  # also alone
     protocols: dict[str, dict[str, Any]] = {"counterfact": {}, "wild": {"context": context}}
     flips: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []
@@ -101,10 +104,11 @@ def bench_singles(
             for name, more in protocols.items():
                 seconds, alone[name] = _timed(model, partial(evaluate, model, [fact], name, **more))
                 serial[name] += seconds
-            serial["padded"] += _timed(model, partial(plain_logprobs, model, _pairs(fact)))[0]
-            _compare_forced(
-                fact, together["counterfact"]["facts"][number], alone["counterfact"]["facts"][0], flips, wrong
-            )
+            seconds, padded = _timed(model, partial(plain_logprobs, model, _pairs(fact)))
+            serial["padded"] += seconds
+            forced = together["counterfact"]["facts"][number]
+            _compare_forced(fact, forced, alone["counterfact"]["facts"][0], flips, wrong)
+            _compare_padded(fact, forced, [value for value, _ in padded], wrong)
             for kind in KINDS:
                 mine, theirs = together["wild"]["facts"][number][kind], alone["wild"]["facts"][0][kind]
                 for a, b in zip(mine, theirs, strict=True):
@@ -175,7 +179,7 @@ def _judge(
 def _compare_forced(
     fact: Fact, a: dict[str, Any], b: dict[str, Any], flips: list[dict[str, Any]], wrong: list[dict[str, Any]]
 ) -> None:
-    for kind in ("efficacy", "paraphrase", "neighborhood"):
+    for kind in FORCED:
         if kind not in b:
             continue
         pairs = [
@@ -186,6 +190,17 @@ def _compare_forced(
             wrong.append({"prompt": f"{fact.id}: {kind}", "token": None, "gap": apart})
         elif a[kind].get("success") != b[kind].get("success"):
             flips.append({"prompt": f"{fact.id}: {kind}", "token": None, "gap": apart})
+
+
+def _compare_padded(fact: Fact, a: dict[str, Any], padded: Sequence[float], wrong: list[dict[str, Any]]) -> None:
+    """padded: of `_pairs`, in order"""
+    ours: list[float] = []
+    for kind in (kind for kind in FORCED if kind in a):
+        sides = [a[kind][key] for key in ("new_logprob", "true_logprob") if a[kind][key]]
+        ours += [value for values in zip(*sides, strict=True) for value in values]
+    apart = max(abs(x - y) for x, y in zip(ours, padded, strict=True))
+    if not apart <= TIE:
+        wrong.append({"prompt": f"{fact.id}: padded forwards", "token": None, "gap": apart})
 
 
 def _report(

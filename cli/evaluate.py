@@ -118,8 +118,9 @@ def evaluate(
         raise InputError(f"--protocol {protocol} compares with the unedited model; name an edit with --delta")
     if texts is not None:
         more["texts"] = read_texts(texts)
-    elif protocol == "perplexity":
-        raise InputError("--texts is missing; expected the texts whose perplexity is measured: .json, .jsonl or .txt")
+    elif protocol == "perplexity" or (protocol == "drift" and data is None):
+        also = ", or DATA with questions about other things" if protocol == "drift" else ""
+        raise InputError(f"--texts is missing; --protocol {protocol} reads texts (.json, .jsonl or .txt){also}")
     if protocol == "wild":
         more["judge"] = common.find_judge(judge or "auto", judge_model, judge_url)
     facts = [] if data is None else read_facts(data, limit, convention, generation=generation, snippets=snippets)

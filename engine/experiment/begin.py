@@ -27,7 +27,8 @@ class Inputs:
 
 
 def check(experiment: Experiment) -> None:
-    """Raises `InputError` for hyper-parameters, a preset, or statistics that are wrong whatever the model's weights."""
+    """Raises `InputError` for hyper-parameters, a preset, context templates, or statistics that are wrong whatever the
+    model's weights."""
     kind = find_method(experiment.algorithm.method).hparams
     check_settings(kind, experiment.set, lambda name: SET)
     preset = find_preset(experiment.algorithm.method, names.locate(experiment.model), experiment.preset)
@@ -36,6 +37,8 @@ def check(experiment: Experiment) -> None:
         check_names(kind, preset.values, place)
         values = {name: value for name, value in preset.values.items() if name in kind.model_fields}
         check_values(kind, values | experiment.set, lambda name: SET if name in experiment.set else place)
+    if experiment.contexts is not None:
+        read_contexts(experiment.contexts)
     if experiment.stats == PULL:
         names.collection(experiment.model)
     elif experiment.stats is not None and not Path(experiment.stats).is_dir():

@@ -341,7 +341,7 @@ def test_published_statistics_are_fetched(
         fetched.append(name)
         return [tmp_path / "wikipedia_stats" / "x.npz"]
 
-    monkeypatch.setattr("rewire.engine.experiment.run.pull", pull)
+    monkeypatch.setattr("rewire.engine.experiment.begin.pull", pull)
     (tmp_path / "gpt2-xl").mkdir()
     with pytest.raises(rewire.InputError, match=r"no model there"):
         run(read_experiment(None, asked | {"model": str(tmp_path / "gpt2-xl"), "stats": "pull"}))
