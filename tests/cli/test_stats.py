@@ -214,7 +214,7 @@ def test_interrupted_and_continued(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
-    assert "go on from their last checkpoint" in err
+    assert "statistics from their last checkpoint" in err
     assert list(out.glob("progress-*/rank0of1-*.safetensors"))
     done = installed(*command, "--out", out)
     assert done.status == 0, done.err

@@ -22,6 +22,12 @@ def written(path: Path, *records: object) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def as_wide_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No width of the shell that the tests run in."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def test_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, *FACTS)
     assert show(path) == 0, "a warning is no error"

@@ -1,6 +1,7 @@
 """Methods whose variables sit inside a block, and those that take turns, on a model over two devices."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def edited(model: rewire.Model, method: Method, hparams: Any) -> dict[str, Tenso
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_sweep(averaged: bool, family: str, away: set[int]) -> None:
     hparams = RomeHparams(**QUICK | {"layers": [2], "mom2_adjustment": False})
-    method = Method("rome", RomeHparams, rome.check, lambda job: rome.edit(job, averaged), site=(MLP,))
+    method = replace(rome.METHOD, edit=lambda job: rome.edit(job, averaged))
     exact = edited(make(family), method, hparams)
     with two_devices():
         found = edited(placed(make(family), away), method, hparams)
