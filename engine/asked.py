@@ -17,7 +17,7 @@ from .delta import Update
 from .endings import ending
 from .model import Model
 from .phases import Tick
-from .prompts import answer_rows, prompt_ids
+from .prompts import Row, answer_rows, prompt_ids
 from .scores import Answer, token_scores
 
 TOGETHER = 512  # deltas whose factors are on the device at once
@@ -89,6 +89,23 @@ class Asked:
                     batch_rows=self.batch_rows,
                     each=keep,
                 )
+        return [known[key] for key in keys]
+
+    def scores(self, rows: Sequence[Row], progress: Tick = lambda done, total: None) -> list[Answer]:
+        """Of rows that are tokenised already, by the weights as they are: what is made of their labels' tokens."""
+        keys = [question_key("row", row.ids, row.labels) for row in rows]
+        known = {key: _answer(value) for key, value in known_answers(self.store, keys).items()}
+        left = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        names, total = list(left), len(known) + len(left)
+
+        def keep(found: Mapping[int, Answer]) -> None:
+            new = {names[i]: answer for i, answer in found.items()}
+            known.update(new)
+            if self.store is not None:
+                self.store.add({key: [a.labels, a.best, a.logprobs] for key, a in new.items()})
+            progress(len(known), total)
+
+        token_scores(self.model, list(left.values()), self.batch_tokens, batch_rows=self.batch_rows, each=keep)
         return [known[key] for key in keys]
 
     def continuations(

@@ -30,9 +30,7 @@ def measure(
     Raises `InputError` without texts, under deltas beside the weights, and as `perplexities`.
     """
     check_texts("perplexity", asked, texts)
-    scored = token_scores(
-        asked.model, text_rows(asked.model, texts), asked.batch_tokens, progress, batch_rows=asked.batch_rows
-    )
+    scored = asked.scores(text_rows(asked.model, texts), progress)
     each = [_perplexity(answer, compat) for answer in scored]
     every = [value for answer in scored for value in answer.logprobs]
     records = [

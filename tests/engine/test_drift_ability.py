@@ -17,6 +17,7 @@ import torch
 from small_models import FACTS, make
 
 import rewire
+from rewire.engine.answer_store import AnswerStore
 from rewire.engine.delta import EditedWeights, Factors
 from rewire.engine.evaluation import ability, drift, evaluate
 from rewire.engine.facts import EditNeighbor, Fact, Probe
@@ -206,6 +207,44 @@ def test_what_fails_inside_leaves_the_edited_weights(monkeypatch: pytest.MonkeyP
         evaluate(model, [], "drift", texts=TEXTS, weights=weights)
     assert [len(names) for names in calls] == [0, 2]
     assert changed(model, kept) == set()
+
+
+@pytest.mark.parametrize("protocol", ["drift", "perplexity"])
+def test_what_was_interrupted_goes_on(protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("gpt2")
+    options = {"weights": edited(model)} if protocol == "drift" else {}
+    plain = evaluate(model, [], protocol, texts=TEXTS, batch_size=1, **options)
+    monkeypatch.setattr(drift, "GROUP", 1)  # a text at a time
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), AnswerStore(tmp_path / "x") as store:
+        evaluate(model, [], protocol, None, stop, texts=TEXTS, batch_size=1, store=store, **options)
+    assert seen == [1, 2]
+    seen.clear()
+    with AnswerStore(tmp_path / "x") as store:
+        assert len(store.known) == 2
+        again = evaluate(
+            model,
+            [],
+            protocol,
+            None,
+            lambda done, _: seen.append(done),
+            texts=TEXTS,
+            batch_size=1,
+            store=store,
+            **options,
+        )
+    assert seen == [3, 4]  # the others alone
+    numbers = {name: value for name, value in plain["metrics"].items() if value is not None}
+    assert numbers
+    assert {name: again["metrics"][name] for name in numbers} == pytest.approx(
+        numbers, rel=1e-5
+    )  # float32, other chunks
 
 
 def test_what_drift_refuses() -> None:
