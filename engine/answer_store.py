@@ -11,9 +11,9 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import transformers
@@ -21,10 +21,14 @@ import transformers
 from ..stats.cache import cache_root, write_whole
 from ..stats.tokens import tokenizer_digest
 from .model import Model
+from .phases import Tick
 from .statistics import encode
 from .value_store import weights_digest
 
 log = logging.getLogger("rewire")
+
+Question = TypeVar("Question")
+Reply = TypeVar("Reply")
 
 FORMAT = 1  # of the lines, and of how answers are found: who changes what an answer comes out as counts on
 FLUSH = 20.0  # seconds after which answers are put on disk
@@ -132,8 +136,38 @@ class AnswerStore:
         return found
 
 
-def known_answers(store: AnswerStore | None, keys: Sequence[str]) -> dict[str, Any]:
-    """Of these questions, those whose answers are there."""
-    if store is None:
-        return {}
-    return {key: value for key in keys if (value := store.get(key)) is not None}
+class Questions(Generic[Question, Reply]):
+    """Questions by their keys, each asked once: what the store knows, what is left, and what comes, kept and counted.
+
+    read, written: a reply out of what JSON holds, and back
+    left: key -> question, those without a reply, in the order they were asked
+    """
+
+    def __init__(
+        self,
+        store: AnswerStore | None,
+        asked: Sequence[tuple[str, Question]],
+        read: Callable[[Any], Reply],
+        written: Callable[[Reply], Any],
+        progress: Tick = lambda done, total: None,
+    ) -> None:
+        self._store, self._asked, self._written, self._progress = store, asked, written, progress
+        self._known: dict[str, Reply] = {}
+        self.left: dict[str, Question] = {}
+        for key, question in asked:
+            if store is not None and (value := store.get(key)) is not None:
+                self._known[key] = read(value)
+            else:
+                self.left[key] = question
+        self._total = len(self._known) + len(self.left)
+
+    def take(self, replies: Mapping[str, Reply]) -> None:
+        """What has come: by the key of its question."""
+        self._known.update(replies)
+        if self._store is not None:
+            self._store.add({key: self._written(reply) for key, reply in replies.items()})
+        self._progress(len(self._known), self._total)
+
+    def replies(self) -> list[Reply]:
+        """One for each that was asked."""
+        return [self._known[key] for key, _ in self._asked]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..kernels.errors import InputError
-from .answer_store import AnswerStore, known_answers, question_key
+from .answer_store import AnswerStore, Questions, question_key
 from .beside import Beside
 from .decoding import LIMIT, Said, continue_each
 from .delta import Update
@@ -51,33 +51,24 @@ class Asked:
         begins: of each the position of its first token, where that is not 0
         What is asked twice runs once. Raises `InputError` for what is longer than the model's longest row.
         """
-        at = list(begins) or [0] * len(asked)
-        keys = [
-            self._key("answer", owner, prompt, target, *([first] if first else []))
-            for (owner, prompt, target), first in zip(asked, at, strict=True)
-        ]
-        first_at = dict(zip(keys, at, strict=True))
-        known = {key: _answer(value) for key, value in known_answers(self.store, keys).items()}
-        left = {key: each for key, each in zip(keys, asked, strict=True) if key not in known}
-        rows = answer_rows(self.model.tokenizer, [(prompt, target) for _, prompt, target in left.values()])
-        for (_, prompt, _), row in zip(left.values(), rows, strict=True):
+        firsts = list(begins) or [0] * len(asked)
+        keyed = []
+        for (number, prompt, target), first in zip(asked, firsts, strict=True):
+            owner = self.owner(number)
+            key = self._key("answer", owner, prompt, target, *([first] if first else []))
+            keyed.append((key, (owner, prompt, target, first)))
+        questions = Questions(self.store, keyed, _answer, _answer_written, progress)
+        names, left = list(questions.left), list(questions.left.values())
+        rows = answer_rows(self.model.tokenizer, [(prompt, target) for _, prompt, target, _ in left])
+        for (_, prompt, _, _), row in zip(left, rows, strict=True):
             if len(row.ids) > self.model.max_length:
                 said = f"prompt {prompt[:60]!r}... has {len(row.ids)} tokens"
                 raise InputError(f"{said}, the model takes {self.model.max_length}")
-        names = list(left)
-        rows = [
-            replace(row, begins=first_at[key]) if first_at[key] else row for key, row in zip(left, rows, strict=True)
-        ]
-        total = len(known) + len(left)
-        owners = [self.owner(number) for number, *_ in left.values()]
-        for chosen, beside, places in self._groups(owners):
+        rows = [replace(row, begins=first) if first else row for (*_, first), row in zip(left, rows, strict=True)]
+        for chosen, beside, places in self._groups([owner for owner, *_ in left]):
 
             def keep(found: Mapping[int, Answer], chosen: Sequence[int] = chosen) -> None:
-                new = {names[chosen[i]]: answer for i, answer in found.items()}
-                known.update(new)
-                if self.store is not None:
-                    self.store.add({key: [a.labels, a.best, a.logprobs] for key, a in new.items()})
-                progress(len(known), total)
+                questions.take({names[chosen[i]]: answer for i, answer in found.items()})
 
             with beside or nullcontext():
                 token_scores(
@@ -89,24 +80,20 @@ class Asked:
                     batch_rows=self.batch_rows,
                     each=keep,
                 )
-        return [known[key] for key in keys]
+        return questions.replies()
 
     def scores(self, rows: Sequence[Row], progress: Tick = lambda done, total: None) -> list[Answer]:
         """Of rows that are tokenised already, by the weights as they are: what is made of their labels' tokens."""
-        keys = [question_key("row", row.ids, row.labels) for row in rows]
-        known = {key: _answer(value) for key, value in known_answers(self.store, keys).items()}
-        left = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
-        names, total = list(left), len(known) + len(left)
+        keyed = [(question_key("row", row.ids, row.labels), row) for row in rows]
+        questions = Questions(self.store, keyed, _answer, _answer_written, progress)
+        names = list(questions.left)
 
         def keep(found: Mapping[int, Answer]) -> None:
-            new = {names[i]: answer for i, answer in found.items()}
-            known.update(new)
-            if self.store is not None:
-                self.store.add({key: [a.labels, a.best, a.logprobs] for key, a in new.items()})
-            progress(len(known), total)
+            questions.take({names[i]: answer for i, answer in found.items()})
 
-        token_scores(self.model, list(left.values()), self.batch_tokens, batch_rows=self.batch_rows, each=keep)
-        return [known[key] for key in keys]
+        left = list(questions.left.values())
+        token_scores(self.model, left, self.batch_tokens, batch_rows=self.batch_rows, each=keep)
+        return questions.replies()
 
     def continuations(
         self,
@@ -120,20 +107,19 @@ class Asked:
 
         What is asked twice runs once. Raises `InputError` for a prompt that fills the model's longest row.
         """
-        keys = [self._key("said", owner, prompt, [*texts], limit) for owner, prompt in asked]
-        known = {key: _said(value) for key, value in known_answers(self.store, keys).items()}
-        left = {key: each for key, each in zip(keys, asked, strict=True) if key not in known}
-        prompts = prompt_ids(self.model.tokenizer, [prompt for _, prompt in left.values()])
-        for (_, prompt), ids in zip(left.values(), prompts, strict=True):
+        owned = [(self.owner(number), prompt) for number, prompt in asked]
+        keyed = [(self._key("said", owner, prompt, [*texts], limit), (owner, prompt)) for owner, prompt in owned]
+        questions = Questions(self.store, keyed, _said, lambda said: [said.ids, said.ended], progress)
+        if not questions.left:
+            return questions.replies()
+        names, left = list(questions.left), list(questions.left.values())
+        prompts = prompt_ids(self.model.tokenizer, [prompt for _, prompt in left])
+        for (_, prompt), ids in zip(left, prompts, strict=True):
             if not 0 < len(ids) < self.model.max_length:
                 named = f"prompt {prompt[:60]!r} has {len(ids)} tokens"
                 raise InputError(f"{named}; expected 1 to {self.model.max_length - 1}, the model goes on from there")
-        names = list(left)
-        total = len(known) + len(left)
-        owners = [self.owner(number) for number, _ in left.values()]
-        end = ending(self.model, texts) if left else None
-        for chosen, beside, places in self._groups(owners):
-            assert end is not None
+        end = ending(self.model, texts)
+        for chosen, beside, places in self._groups([owner for owner, _ in left]):
             with beside or nullcontext():
                 told = continue_each(
                     self.model,
@@ -145,12 +131,8 @@ class Asked:
                     rows=self.batch_rows,
                 )
                 for number, said in told:
-                    key = names[chosen[number]]
-                    known[key] = said
-                    if self.store is not None:
-                        self.store.add({key: [said.ids, said.ended]})
-                    progress(len(known), total)
-        return [known[key] for key in keys]
+                    questions.take({names[chosen[number]]: said})
+        return questions.replies()
 
     def _groups(self, owners: Sequence[int]) -> Iterator[tuple[Sequence[int], Beside | None, Sequence[int]]]:
         """(which questions, the deltas beside the weights, the place of each one's among them), so many deltas at once
@@ -212,6 +194,10 @@ def mean(values: Iterable[float | None]) -> float | None:
 def _answer(value: Any) -> Answer:
     labels, best, logprobs = value
     return Answer(tuple(labels), tuple(best), tuple(logprobs))
+
+
+def _answer_written(answer: Answer) -> list[Any]:
+    return [answer.labels, answer.best, answer.logprobs]
 
 
 def _said(value: Any) -> Said:

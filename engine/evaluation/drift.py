@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.errors import InputError
-from ..answer_store import known_answers, question_key
+from ..answer_store import Questions, question_key
 from ..asked import Asked, mean
 from ..delta import EditedWeights
 from ..facts import Fact, held_out
@@ -94,25 +94,25 @@ def _last_rows(model: Model, prompts: Sequence[str]) -> list[Row]:
 @torch.no_grad()
 def _compare(asked: Asked, weights: EditedWeights, rows: Sequence[Row], progress: Tick) -> list[Tensor]:
     """Of each row [labels, 6] float64: `PER_POSITION`, then -log p and -log q of the label."""
-    keys = [question_key("drift", row.ids, row.labels) for row in rows]
-    known = known_answers(asked.store, keys)
-    found = {i: torch.tensor(known[key], dtype=torch.float64) for i, key in enumerate(keys) if key in known}
-    left = [i for i in range(len(rows)) if i not in found]
-    for places in _groups([rows[i] for i in left]):
-        group = [left[place] for place in places]
-        chosen = [rows[i] for i in group]
+    keyed = [(question_key("drift", row.ids, row.labels), row) for row in rows]
+    questions = Questions(asked.store, keyed, lambda value: torch.tensor(value, dtype=torch.float64), _listed, progress)
+    names, left = list(questions.left), list(questions.left.values())
+    for group in _groups(left):
+        chosen = [left[i] for i in group]
         edited = _hidden(asked, chosen)
         with weights.originals_in_place():
             unedited = _hidden(asked, chosen)
         labels = torch.tensor([label for row in chosen for label in row.labels])
         parts = zip(unedited.split(HEAD_ROWS), edited.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True)
         numbers = torch.cat([_numbers(asked.model, *part) for part in parts])
-        new = dict(zip(group, numbers.split([len(row.labels) for row in chosen]), strict=True))
-        found |= new
-        if asked.store is not None:
-            asked.store.add({keys[i]: of_row.tolist() for i, of_row in new.items()})
-        progress(len(found), len(rows))
-    return [found[i] for i in range(len(rows))]
+        of_rows = numbers.split([len(row.labels) for row in chosen])
+        questions.take({names[i]: of_row for i, of_row in zip(group, of_rows, strict=True)})
+    return questions.replies()
+
+
+def _listed(numbers: Tensor) -> list[list[float]]:
+    listed: list[list[float]] = numbers.tolist()
+    return listed
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[list[int]]:

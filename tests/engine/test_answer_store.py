@@ -16,7 +16,7 @@ import torch
 
 import rewire
 from rewire.engine import answer_store
-from rewire.engine.answer_store import AnswerStore, known_answers
+from rewire.engine.answer_store import AnswerStore
 from rewire.engine.delta import Factors
 from rewire.engine.evaluation import evaluate
 from rewire.engine.model import demo_file
@@ -118,7 +118,7 @@ def test_broken_lines_are_no_answers(tmp_path: Path, caplog: pytest.LogCaptureFi
     (folder / "part-2.jsonl").write_bytes(b'["c", 3]\n["d", \xff\xfe')
     (folder / "part-3.jsonl.0a.17.tmp").write_bytes(b'["e", 5]\n')  # of a process that was killed as it wrote
     with AnswerStore(folder) as store:
-        assert known_answers(store, ["a", "b", "c", "d", "e"]) == {"a": [1, "stop"], "c": 3}
+        assert {key: store.get(key) for key in "abcde" if store.get(key)} == {"a": [1, "stop"], "c": 3}
         store.add({"b": "é\u2028\u0085\n"})
     assert AnswerStore(folder).known | {} == {"a": [1, "stop"], "b": "é\u2028\u0085\n", "c": 3}
     assert len(list(folder.glob("*.jsonl"))) == 1
@@ -162,7 +162,7 @@ def test_a_disk_that_fills_up_is_said_once(
             store.flush()
             store.add({"d": 1})
             store.flush()
-            assert known_answers(store, ["a", "b", "c", "d", "e"]) == {"a": 1, "b": 1, "c": 1, "d": 1}
+            assert {key: store.get(key) for key in "abcde" if store.get(key)} == {"a": 1, "b": 1, "c": 1, "d": 1}
         assert len(caplog.records) == 1
         assert lines(tmp_path / "x") == before
 
