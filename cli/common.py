@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,10 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from ..engine.model import Model
 from ..engine.phases import Listener, silent
 from ..kernels.errors import InputError
-from ..stats.ranks import Ranks
+
+if TYPE_CHECKING:  # --help waits for no torch
+    from ..engine.model import Model
+    from ..stats.ranks import Ranks
 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory or hub id; `demo` is the embedded one.")
@@ -89,7 +91,7 @@ NEEDS = {  # what a missing one would need
 }
 
 
-def load(name: str, dtype: str, device: str, quantize: str | None = None) -> Model:
+def load(name: str, dtype: str, device: str, quantize: str | None = None) -> "Model":
     """The model, without the libraries' own progress bars."""
     from transformers.utils import logging
 
@@ -153,7 +155,7 @@ class _Rate(ProgressColumn):
         )
 
 
-def only_first(ranks: Ranks) -> None:
+def only_first(ranks: "Ranks") -> None:
     """Of several processes the first one speaks; what the others cannot go on with, they say too."""
     if not ranks.first:
         logging.getLogger("rewire").setLevel(logging.ERROR)

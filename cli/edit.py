@@ -56,28 +56,31 @@ def edit(
     Example: rewire edit gpt2-xl facts.jsonl --method memit --out edits/first
     """
     from ..engine.datasets import read_facts, scan_facts
-    from ..engine.editors.registry import find_method
-    from ..engine.hparams import check_names, parse_overrides
-    from ..engine.prompts import read_contexts
-    from ..engine.session import EditSession
+    from ..engine.editors.names import known_method
     from ..kernels.errors import InputError
-    from ..stats import read_corpus
-    from ..stats.ranks import join
 
-    # what can be known to be wrong is said before the model is loaded
-    kind = find_method(method).hparams
+    # what can be known to be wrong is said before the model is loaded, and most of it before torch is
+    known_method(method)
     common.new_folder(out)
     at_once = common.batch_size(batch_size)
-    overrides = parse_overrides(settings or [])
-    check_names(kind, overrides)
     if stats is not None and not stats.is_dir():
         raise InputError(f"--stats {stats}: no such folder; expected one that holds second moments")
-    text = None if corpus is None else read_corpus(corpus)
     wanted, skipped = (
         scan_facts(facts, limit, convention) if skip_invalid else (read_facts(facts, limit, convention), [])
     )
     if not wanted:
         raise InputError(f"{facts}: none of its facts can be edited; {skipped[0].where}: {skipped[0].reason}")
+
+    from ..engine.editors.registry import find_method
+    from ..engine.hparams import check_names, parse_overrides
+    from ..engine.prompts import read_contexts
+    from ..engine.session import EditSession
+    from ..stats import read_corpus
+    from ..stats.ranks import join
+
+    overrides = parse_overrides(settings or [])
+    check_names(find_method(method).hparams, overrides)
+    text = None if corpus is None else read_corpus(corpus)
     templates = None if contexts is None else read_contexts(contexts)
     ranks = join()
     common.only_first(ranks)

@@ -21,7 +21,8 @@ def inspect(
 
     Example: rewire inspect gpt2-xl
     """
-    from ..engine.editors.registry import find_method, method_names
+    from ..engine.editors.names import METHODS
+    from ..engine.editors.registry import find_method
     from ..engine.hparams import load_hparams
     from ..engine.model import editable
     from ..engine.suffix import verify
@@ -39,7 +40,7 @@ def inspect(
         editable(loaded)
     except InputError as error:
         refused = str(error)
-    for name in method_names():
+    for name in METHODS:
         kind = find_method(name).hparams
         hparams, source = load_hparams(kind, name, loaded.name, loaded.anatomy)
         found[f"preset for {name}"] = f"{source}, layers {list(hparams.layers)}"

@@ -30,9 +30,9 @@ def presets(
     Example: rewire presets memit llama-3-8b
     """
     from ..engine import presets as shipped
-    from ..engine.editors.registry import find_method, method_names
+    from ..engine.editors.names import METHODS, known_method
 
-    names = method_names() if method is None else [find_method(method).name]
+    names = METHODS if method is None else (known_method(method),)
     found = {name: shipped.shipped_presets(name, model) for name in names}
     if model is not None and not found[names[0]]:
         models = {preset.model: None for preset in shipped.shipped_presets(names[0])}

@@ -46,7 +46,7 @@ SAID_TOKENS = 6  # how much the report quotes of what the model says
 class EditSession:
     """Edits one model, in order.
 
-    method: one of `engine.editors.registry.method_names`
+    method: one of `engine.editors.names.METHODS`
     preset: a YAML file or the name of a shipped preset; None: found by the model's name
     hparams: single hyper-parameters that replace the preset's
     stats: a folder of second moments; None: the cache, else collected on the fly

@@ -162,6 +162,25 @@ def test_import_is_lazy() -> None:
     assert (run.returncode, run.stdout.strip()) == (0, rewire.__version__), run.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",), ("--version",), ("edit", "--help"), ("stats", "--help"), ("bench", "stats", "--help"),
+        ("presets", "memit", "gpt2-xl"), ("presets", "memitt"), ("edit", "demo", "nonesuch.jsonl", "--out", "x"),
+        ("evaluate", "--validate", "nonesuch.jsonl"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_needs_no_model_waits_for_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.argv = {['rewire', *words]!r}\nfrom rewire.cli import main\n"
+        "try:\n    main()\nfinally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode in (0, 2), run.stderr
+    assert "AssertionError" not in run.stderr
+
+
 def test_every_public_name_is_there() -> None:
     assert {"load", "wrap", "read_facts", "EditSession", "evaluate", "Fact", "Delta", "InputError"} <= set(dir(rewire))
     for name in rewire.__all__:

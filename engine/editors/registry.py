@@ -1,6 +1,5 @@
 """Methods by name, and what a method is handed and gives back."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -9,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels.errors import InputError
 from ...kernels.spd_solve import Factor, KeySystem, NullSpace
 from ...stats.ranks import ALONE, Ranks
 from ..delta import Factors, Update
@@ -18,6 +16,7 @@ from ..hparams import Hparams
 from ..model import Model
 from ..objective import BLOCK, Objective
 from ..phases import Phases
+from .names import known_method
 
 
 @dataclass(frozen=True)
@@ -89,21 +88,7 @@ def forget_keys(state: dict[str, KeySystem], keys: int) -> dict[str, KeySystem]:
     return {name: system.without_last(keys) for name, system in state.items()}
 
 
-# name -> module beside this one, which has `METHOD`
-_METHODS = {
-    name: name.replace("-", "_") for name in ("rome", "r-rome", "memit", "memit-history", "pmet", "emmet", "alphaedit")
-}
-
-
 def find_method(name: str) -> Method:
-    """Raises `InputError` with the nearest name for an unknown one."""
-    if name not in _METHODS:
-        near = difflib.get_close_matches(name.lower(), _METHODS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_METHODS)}"
-        raise InputError(f"unknown method {name!r}; {hint}")
-    method: Method = import_module(f".{_METHODS[name]}", __package__).METHOD
+    """By its module beside this one, which has `METHOD`. Raises `InputError` for an unknown one, naming the nearest."""
+    method: Method = import_module(f".{known_method(name).replace('-', '_')}", __package__).METHOD
     return method
-
-
-def method_names() -> list[str]:
-    return list(_METHODS)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...kernels.errors import InputError
-from ..editors.registry import find_method
+from ..editors.names import known_method
 
 # method here -> its published name, which begins the names of its iterative and neighbour-assisted variants
 ALGORITHMS = {
@@ -60,7 +60,7 @@ def parse(name: str) -> Algorithm:
     if not found:
         raise InputError(f"method {name!r}: expected a name such as memit or MEMIT_RECURSIVE_NEIGHBOR")
     base = found["base"].lower()
-    method = find_method(_METHODS.get(base, base)).name
+    method = known_method(_METHODS.get(base, base))
     return Algorithm(method, bool(found["recursive"]), bool(found["neighbor"]))
 
 

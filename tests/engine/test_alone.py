@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rewire
 from rewire.engine.delta import Update
-from rewire.engine.editors.registry import method_names
+from rewire.engine.editors.names import METHODS
 from rewire.engine.evaluation import evaluate
 from rewire.engine.facts import EditNeighbor, Probe, Ripple
 from rewire.engine.objective import ATTENTION
@@ -82,7 +82,7 @@ def check_alone(session: rewire.EditSession, facts: Sequence[rewire.Fact]) -> li
     return singles.updates
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "gemma2"])
 def test_as_an_edit_of_each_on_the_clean_model(family: str, method: str, corpus: Path) -> None:
     check_alone(session_of(make(family), method, corpus), FACTS)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from rewire.engine import presets
 from rewire.engine.anatomy import Anatomy
-from rewire.engine.editors.registry import find_method, method_names
+from rewire.engine.editors.names import METHODS
+from rewire.engine.editors.registry import find_method
 from rewire.engine.hparams import load_hparams
 from rewire.engine.presets import Preset, conflicts, find_preset, methods, read_preset, shipped_presets
 from rewire.kernels.errors import InputError
@@ -59,7 +60,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_shipped_file_is_a_preset_of_a_method() -> None:
     assert {preset.path for _, preset in shipped()} == set(ROOT.glob("*/*.yaml"))
-    assert set(methods()) == set(method_names())
+    assert set(methods()) == set(METHODS)
 
 
 @pytest.mark.parametrize(("method", "preset"), shipped(), ids=lambda value: getattr(value, "name", value))
