@@ -31,12 +31,12 @@ lint: install
 
 # the interpreter decides at import time, so gate A has a process of its own
 test: lint
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -m interpreter
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m interpreter
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "not interpreter and not gpu"
 
 # every autotune configuration of every kernel, compiled for every chip
 gates: install
-	REWIRE_ALL_CONFIGS=1 $(BIN)/pytest -q -m compile
+	REWIRE_ALL_CONFIGS=1 $(BIN)/pytest -q -n auto -m compile
 
 # every operation and every phase of an edit under pytest-benchmark, at the shapes that a CPU times; a phase that lost a
 # quarter of the ratio committed in docs/benchmarks.md fails

@@ -107,8 +107,9 @@ def ceilings_of(rows: list[Found]) -> Ceilings:
 
 def quick(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 0.1) -> Ceilings:
     """Of products in these dtypes and the copy, at one size each, `seconds` each."""
-    n = 4096 if device.type == "cuda" else 1024
-    sizes = Sizes(products=dict.fromkeys(dtypes, n), copy=2**31 if device.type == "cuda" else 2**27, seconds=seconds)
+    cuda = device.type == "cuda"
+    products = {dtype: 4096 if cuda else SMALL.products[dtype] for dtype in dtypes}
+    sizes = Sizes(products, copy=2**31 if cuda else 2**27, seconds=seconds)
     return ceilings_of(list(measure_products(sizes, device)))
 
 
@@ -172,7 +173,7 @@ def _product(n: int, dtype: torch.dtype, device: torch.device, seconds: float) -
 
 
 def _copy(size: int, device: torch.device, seconds: float) -> Measured:
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    source = torch.randint(0, 256, (2**16,), dtype=torch.uint8, device=device).repeat(size >> 16)
     target = torch.empty_like(source)
     target.copy_(source)
     wrong = float(not torch.equal(source, target))

@@ -122,7 +122,6 @@ def bench_stats(
     times are medians, memory is measured in a run of its own.
     """
     device, widths = model.device, linear_widths(model, names)
-    ceilings = ceilings or quick(device, dict.fromkeys((*dtypes, torch.float32)), seconds=0.5)
     longest = min(LONGEST, model.max_length)
     models = {dtype: model if dtype is torch.float32 else cast(model, dtype) for dtype in dtypes}
     calls: dict[torch.dtype | None, Callable[[Tokenised], Any]] = {
@@ -132,6 +131,7 @@ def bench_stats(
     few = Tokenised(_until(rows.held, 2 * max(widths.values())), rows.source)
     for call in calls.values():
         call(few)  # warm
+    ceilings = ceilings or quick(device, dict.fromkeys((*dtypes, torch.float32)), seconds=0.5)
 
     def floor(cost: Cost, dtype: torch.dtype) -> float | None:
         return ceilings.floor(cost, dtype, device)
