@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from ..engine.finite import finite
 from ..engine.phases import Listener, silent
 from ..kernels.errors import InputError
 
@@ -194,7 +195,7 @@ def console() -> Console:
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    print(json.dumps(content, indent=1, ensure_ascii=False))
+    print(json.dumps(finite(content), indent=1, ensure_ascii=False))
 
 
 def percent(rate: float | None) -> str:

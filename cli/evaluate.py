@@ -55,7 +55,9 @@ def evaluate(
     ] = None,
     compat: common.Compat = False,
     convention: common.Convention = None,
-    limit: common.Limit = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take the first N records (perplexity: texts, ability: documents) only.")
+    ] = None,
     batch_tokens: common.BatchTokens = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at once; default: by free memory.")] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for the results of every fact.")] = None,
@@ -117,15 +119,19 @@ def evaluate(
     if "weights" in found.options and delta is None:
         raise InputError(f"--protocol {protocol} compares with the unedited model; name an edit with --delta")
     if texts is not None:
-        more["texts"] = read_texts(texts)
+        more["texts"] = read_texts(texts)[: limit if data is None else None]
     elif protocol == "perplexity" or (protocol == "drift" and data is None):
         also = ", or DATA with questions about other things" if protocol == "drift" else ""
         raise InputError(f"--texts is missing; --protocol {protocol} reads texts (.json, .jsonl or .txt){also}")
+    if protocol == "ability" and limit is not None:
+        more["limit"] = limit
     if protocol == "wild":
         more["judge"] = common.find_judge(judge or "auto", judge_model, judge_url)
     facts = [] if data is None else read_facts(data, limit, convention, generation=generation, snippets=snippets)
     change = None if delta is None else Delta.load(delta)
     loaded = common.load(model, dtype, device, quantize)
+    if change is not None:
+        change.check(loaded)
     fingerprint = loaded.fingerprint
     states: dict[str, dict[str, Any]] = {}  # what is shown of each
     seconds: dict[str, float] = {}

@@ -1,6 +1,5 @@
 """`rewire run`: a whole experiment: edit, measure, again, and sum up."""
 
-import math
 import os
 import sys
 import time
@@ -219,9 +218,7 @@ def _stopped(experiment: "Experiment", rows: list[dict[str, Any]]) -> str | None
 
 def _end(experiment: "Experiment", folder: Path, rows: list[dict[str, Any]], seconds: float, json: bool) -> None:
     if json:
-        common.print_json(
-            {"out": str(folder), "iterations": [_finite(row) for row in rows], "seconds": round(seconds, 4)}
-        )
+        common.print_json({"out": str(folder), "iterations": rows, "seconds": round(seconds, 4)})
         return
     if experiment.mode is not None:
         took = rows[-1]["seconds"]
@@ -233,10 +230,3 @@ def _end(experiment: "Experiment", folder: Path, rows: list[dict[str, Any]], sec
     if stopped := _stopped(experiment, rows):
         print(stopped)
     print(f"written to {folder}")
-
-
-def _finite(row: Any) -> Any:
-    """JSON knows no infinity."""
-    if isinstance(row, dict):
-        return {key: _finite(value) for key, value in row.items()}
-    return None if isinstance(row, float) and not math.isfinite(row) else row

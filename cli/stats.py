@@ -1,7 +1,6 @@
 """`rewire stats`: second moments of a model's keys, collected, looked at, checked, converted, added up, fetched."""
 
 import shlex
-from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -186,7 +185,7 @@ def show(
         plot_decay(found, png)
     rows = {name: {key: value for key, value in vars(of).items() if key != "eigenvalues"} for name, of in found.items()}
     if json:
-        common.print_json({"layers": {name: _finite(row) for name, row in rows.items()}, "png": png and str(png)})
+        common.print_json({"layers": rows, "png": png and str(png)})
         return
     table = Table("", *map(escape, rows))
     for key in next(iter(rows.values())):
@@ -336,11 +335,6 @@ def _shard(text: str) -> tuple[int, int]:
     if not (index.isdigit() and of.isdigit() and 1 <= int(index) <= int(of)):
         raise InputError(f"--shard {text}: expected I/N, from 1/N to N/N, such as 2/5")
     return int(index) - 1, int(of)
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity."""
-    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
 
 
 def _short(value: Any) -> str:

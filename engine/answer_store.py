@@ -2,7 +2,7 @@
 
 A folder belongs to the weights and everything else that an answer depends on but the question; a question is a key.
 Each flush leaves a file of lines; an evaluation that ends well makes one file of them, or, of weights that nobody will
-ask again, removes them.
+ask again, removes what it asked.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ log = logging.getLogger("rewire")
 Question = TypeVar("Question")
 Reply = TypeVar("Reply")
 
-FORMAT = 1  # of the lines, and of how answers are found: who changes what an answer comes out as counts on
+FORMAT = 2  # of the lines, and of how answers are found: who changes what an answer comes out as counts on
 FLUSH = 20.0  # seconds after which answers are put on disk
 
 
@@ -42,7 +42,8 @@ def question_key(*asked: Any) -> str:
 class AnswerStore:
     """The answers of one state of one model: key -> what JSON holds. Left by an exception, `with` keeps what is there.
 
-    keep: whether it stays on disk once an evaluation has ended well; else it is there for one that was interrupted
+    keep: whether it stays on disk once an evaluation has ended well; else what was asked is removed then: it was there
+        for an interruption, and what another evaluation left of the same weights stays
     A line that is broken (a process that was killed, a disk that was full) is no answer. Where the folder cannot be
     written to, that is said once, and nothing is kept.
     """
@@ -50,18 +51,19 @@ class AnswerStore:
     def __init__(self, folder: Path, keep: bool = True) -> None:
         self.folder, self.keep = folder, keep
         self.new: dict[str, Any] = {}
+        self.asked: set[str] = set()
         self.known = self._read()
         self.writable = True
         self.saved = time.monotonic()
 
     @classmethod
-    def of(cls, model: Model, keep: bool = True) -> "AnswerStore":
-        """Of the model's weights as they are now."""
+    def of(cls, model: Model, keep: bool = True, weights: str | None = None) -> "AnswerStore":
+        """Of the model's weights as they are now; weights: their `weights_digest`, where it is known."""
         config: Any = model.hf.config
         generation: Any = getattr(model.hf, "generation_config", None)
         content = {
             "format": FORMAT,
-            "weights": weights_digest(model),
+            "weights": weights or weights_digest(model),
             "config": config.to_json_string(),
             "dtype": str(model.dtype),
             "device": model.device.type,
@@ -82,10 +84,12 @@ class AnswerStore:
 
     def get(self, key: str) -> Any:
         """None where it is not known."""
+        self.asked.add(key)
         return self.new.get(key, self.known.get(key))
 
     def add(self, answers: Mapping[str, Any]) -> None:
         self.new |= answers
+        self.asked |= answers.keys()
         if time.monotonic() - self.saved > FLUSH:
             self.flush()
 
@@ -100,12 +104,15 @@ class AnswerStore:
         parts = self._files()
         if not self.writable or len(parts) < (2 if self.keep else 1):
             return
-        if self.keep and not self._write("answers", self.known | self._read()):  # also what other processes left
+        left = self.known | self._read()  # also what other processes left
+        if not self.keep:
+            left = {key: value for key, value in left.items() if key not in self.asked}
+        if left and not self._write("answers", left):
             return
         with contextlib.suppress(OSError):  # they are read once more; or another process' files are in the folder
             for path in parts:
                 path.unlink(missing_ok=True)
-            if not self.keep:
+            if not left:
                 self.folder.rmdir()
 
     def _files(self) -> list[Path]:

@@ -58,6 +58,8 @@ class Asked:
             key = self._key("answer", owner, prompt, target, *([first] if first else []))
             keyed.append((key, (owner, prompt, target, first)))
         questions = Questions(self.store, keyed, _answer, _answer_written, progress)
+        if not questions.left:
+            return questions.replies()
         names, left = list(questions.left), list(questions.left.values())
         rows = answer_rows(self.model.tokenizer, [(prompt, target) for _, prompt, target, _ in left])
         for (_, prompt, _, _), row in zip(left, rows, strict=True):
@@ -86,6 +88,8 @@ class Asked:
         """Of rows that are tokenised already, by the weights as they are: what is made of their labels' tokens."""
         keyed = [(question_key("row", row.ids, row.labels), row) for row in rows]
         questions = Questions(self.store, keyed, _answer, _answer_written, progress)
+        if not questions.left:
+            return questions.replies()
         names = list(questions.left)
 
         def keep(found: Mapping[int, Answer]) -> None:

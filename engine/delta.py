@@ -301,12 +301,9 @@ class Delta:
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise InputError(f"{file}: says that it is a delta, but does not hold one ({error!r})") from None
 
-    def apply(self, model: Model) -> EditedWeights:
-        """Changes the model's weights; all of them or, with an `InputError`, none.
-
-        Refused: a quantised model, another base model (by its fingerprint), a weight that is not there or has another
-        shape.
-        """
+    def check(self, model: Model) -> None:
+        """Raises `InputError` for a model that it cannot be applied to: a quantised one, another base model (by its
+        fingerprint), one without such a weight, or with another shape of it."""
         editable(model)
         if model.fingerprint != self.fingerprint:
             made_in = ", ".join(sorted({str(edit.get("dtype")) for edit in self.edits}))
@@ -328,6 +325,10 @@ class Delta:
                 found, asked = tuple(weight.shape), (factors.left.shape[0], width)
                 if found != (asked[::-1] if isinstance(module, Conv1D) else asked):
                     raise InputError(f"the delta changes {name} as {asked} (out, in); the model's weight is {found}")
+
+    def apply(self, model: Model) -> EditedWeights:
+        """Changes the model's weights; all of them or, with an `InputError` (see `check`), none."""
+        self.check(model)
         weights = EditedWeights(model)
         try:
             for update in self.updates:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +22,12 @@ class Ending:
     surface: tuple[str, ...] = ()
 
 
-def surfaces(tokenizer: Any, vocab: int) -> tuple[str, ...]:
-    """The text of each token id as it stands within a text: with its space, special tokens as they are written."""
-    prefix = tokenizer("abcdef", add_special_tokens=False)["input_ids"]
-    known = min(vocab, len(tokenizer))
-    whole = tokenizer.batch_decode(
-        [[*prefix, i] for i in range(known)], skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    before = tokenizer.decode(prefix, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return tuple(text.removeprefix(before) for text in whole) + ("",) * (vocab - known)
+def end_ids(model: Model) -> list[int]:
+    """The tokens that end a text: those of the generation config (a chat model has several), and the tokenizer's."""
+    config = getattr(model.hf, "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    ids = [*(named if isinstance(named, (list, tuple)) else [named]), model.tokenizer.eos_token_id]
+    return [i for i in dict.fromkeys(ids) if i is not None and i < model.anatomy.vocab]
 
 
 def ending(model: Model, texts: Sequence[str] = ()) -> Ending:
@@ -41,14 +37,11 @@ def ending(model: Model, texts: Sequence[str] = ()) -> Ending:
     The end of the text also counts where ordinary tokens spell it, as in the stop strings of transformers.
     """
     tokenizer = model.tokenizer
-    config = getattr(model.hf, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    ids = [*(named if isinstance(named, (list, tuple)) else [named]), tokenizer.eos_token_id]
     table = torch.zeros(model.anatomy.vocab, dtype=torch.bool)
-    table[[i for i in ids if i is not None and i < len(table)]] = True
+    table[end_ids(model)] = True
     if not texts:
         return Ending(table)
-    surface = surfaces(tokenizer, len(table))
+    surface = model.token_texts
     spelled = tuple(text for text in (tokenizer.eos_token,) if text)
     table |= torch.tensor([any(text in token for text in (*texts, *spelled)) for token in surface])
     return Ending(table, spelled, surface)

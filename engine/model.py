@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from functools import cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,6 +68,17 @@ class Model:
         """The longest row that the model takes, in tokens."""
         config = self.hf.config.get_text_config()  # type: ignore[union-attr, operator]
         return int(getattr(config, "max_position_embeddings", None) or 2048)
+
+    @cached_property
+    def token_texts(self) -> tuple[str, ...]:
+        """The text of each token id as it stands within a text: with its space, special tokens as they are written;
+        empty where the tokenizer has none."""
+        how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        prefix = self.tokenizer("abcdef", add_special_tokens=False)["input_ids"]
+        known = min(self.anatomy.vocab, len(self.tokenizer))
+        whole = self.tokenizer.batch_decode([[*prefix, i] for i in range(known)], **how)
+        before = self.tokenizer.decode(prefix, **how)
+        return tuple(text.removeprefix(before) for text in whole) + ("",) * (self.anatomy.vocab - known)
 
     def block(self, layer: int) -> nn.Module:
         return self.hf.get_submodule(f"{self.anatomy.blocks}.{layer}")

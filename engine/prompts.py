@@ -17,6 +17,7 @@ from ..kernels.errors import InputError
 from .facts import Fact
 
 PLAIN = "{}"
+LINE = "\n"
 KL_PROMPT = "{} is a"
 SEED_WORDS = ("The", "Therefore", "Because", "I", "You")
 CONTEXT_TOKENS = 10
@@ -93,9 +94,14 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     return [list(row.ids) for row in _tokenise(tokenizer, [_Text(prompt, None, None) for prompt in prompts])]
 
 
+def stem(prompt: str) -> str:
+    """What an object follows: it brings its own space, but behind a line break (a chat template's end) it has none."""
+    return prompt.rstrip(" ")
+
+
 def _answer(prompt: str, target: str, subject_at: int | None = None) -> _Text:
-    prompt = prompt.rstrip()  # the target brings its own space
-    return _Text(f"{prompt} {target}", len(prompt), subject_at)
+    prompt = stem(prompt)
+    return _Text(f"{prompt}{'' if prompt.endswith(LINE) else ' '}{target}", len(prompt), subject_at)
 
 
 def _compose(context: str, prompt: str, subject: str, target: str | None = None) -> _Text:

@@ -68,14 +68,14 @@ def token_scores(
 
     batch_tokens: padded tokens of a forward; None: from the free memory
     owner: whose each row is; rows of several owners are not read together, and `enter` is told before each forward
-        whose its rows are
+        whose its rows are, -1: nobody's
     batch_rows: rows of a forward at most
     each: called with what a forward gave, by the number of the row
     """
     result: dict[int, Answer] = {}
     budget = batch_tokens or tokens_that_fit(model, forward_bytes(model))
     with fused(model):
-        trees = _trees(model, rows, owner)
+        trees = _trees(model, rows, owner, enter)
         for batch in batches([len(tree.ids) for tree in trees], budget):
             for start in range(0, len(batch), batch_rows or len(batch)):
                 chosen = [trees[i] for i in batch[start : start + (batch_rows or len(batch))]]
@@ -88,10 +88,14 @@ def token_scores(
     return [result[i] for i in range(len(rows))]
 
 
-def _trees(model: Model, rows: Sequence[Row], owner: Sequence[int]) -> list[Tree]:
+def _trees(
+    model: Model, rows: Sequence[Row], owner: Sequence[int], enter: Callable[[Sequence[int]], None]
+) -> list[Tree]:
     grown = grow(rows, owner)
     saved = sum(len(row.ids) for row in rows) - sum(len(tree.ids) for tree in grown)
     branched = [tree for tree in grown if tree.branch[-1]]
+    if branched and owner:
+        enter([-1])  # a trial is one row, of the weights as they are
     if branched and (saved < WORTH or not can_branch(model, max(len(tree.ids) for tree in branched))):
         alone = [tree for tree in grown if not tree.branch[-1]]
         for tree in branched:

@@ -28,7 +28,7 @@ from .model import Model, editable
 from .objective import Objective
 from .passes import sample_contexts
 from .phases import Listener, Phases, silent
-from .prompts import check_contexts
+from .prompts import check_contexts, stem
 from .report import implementations, versions
 from .value_store import value_folder
 from .values import of_all, perplexities
@@ -296,7 +296,7 @@ class EditSession:
         """Success rates, and what the model says behind each prompt."""
         with phases(phase) as tick:
             result = evaluate(self.model, facts, progress=tick)
-            said = continuations(self.model, [fact.question.rstrip() for fact in facts], SAID_TOKENS)
+            said = continuations(self.model, [stem(fact.question) for fact in facts], SAID_TOKENS)
         for record, text in zip(result["facts"], said, strict=True):
             record["said"] = text
         return result

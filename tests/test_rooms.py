@@ -22,7 +22,8 @@ ROOMS = {  # room -> rooms that it may import
 }
 # inside engine each may import what stands left of it
 ENGINE = (
-    *("phases", "objective", "facts", "anatomy", "model", "outline", "prompts", "presets", "wrong", "hparams"),
+    *("phases", "finite", "objective", "facts", "anatomy", "model", "outline", "prompts"),
+    *("presets", "wrong", "hparams"),
     *("passes", "streams", "statistics", "fit"),
     *("branches", "scores", "entry", "suffix", "walk", "datasets", "neighbors", "keys"),
     *("value_groups", "value_steps", "value_store", "values", "value_turns", "delta", "beside"),

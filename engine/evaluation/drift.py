@@ -26,7 +26,7 @@ from ..facts import Fact, held_out
 from ..model import Model
 from ..passes import final_hidden, forward_bytes, tokens_that_fit
 from ..phases import Tick
-from ..prompts import Row, prompt_ids
+from ..prompts import Row, prompt_ids, stem
 from ..scores import HEAD_ROWS, perplexity
 from .perplexity import check_texts, refuse_deltas, text_rows
 from .registry import Protocol
@@ -83,7 +83,7 @@ def measure(
 
 def _last_rows(model: Model, prompts: Sequence[str]) -> list[Row]:
     """Rows of which the last position alone is compared; no token is predicted there, so the label says nothing."""
-    coded = prompt_ids(model.tokenizer, [prompt.rstrip() for prompt in prompts])
+    coded = prompt_ids(model.tokenizer, [stem(prompt) for prompt in prompts])
     for prompt, ids in zip(prompts, coded, strict=True):
         if not 0 < len(ids) <= model.max_length:
             said = f"prompt {prompt[:60]!r} has {len(ids)} tokens"

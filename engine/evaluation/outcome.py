@@ -10,6 +10,7 @@ from typing import Any
 from ...stats.cache import write_whole
 from ..asked import mean
 from ..facts import Fact
+from ..finite import finite
 from .things import kept_things
 
 SUMMARY, RECORDS, TABLE, PUBLISHED = "evaluation.json", "records.jsonl", "records.csv", "results.json"
@@ -54,15 +55,15 @@ def write(
         **(about or {}),
     }
     if rows:
-        _write(folder / RECORDS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _write(folder / RECORDS, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
         _write(folder / TABLE, _csv(rows))
     if before is not None and after["protocol"] in ("wild", "synthetic"):
         records = [
             published(place, fact, things, then[fact.id], now[fact.id])
             for place, (fact, things) in enumerate(zip(facts, kept_things(facts, 1), strict=True))
         ]
-        _write(folder / PUBLISHED, json.dumps(records, ensure_ascii=False, indent=4))
-    _write(folder / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+        _write(folder / PUBLISHED, json.dumps(finite(records), ensure_ascii=False, indent=4))
+    _write(folder / SUMMARY, json.dumps(finite(summary), ensure_ascii=False, indent=1) + "\n")
 
 
 def _by_id(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from ..facts import Fact, read_text
 from ..model import Model
 from ..phases import Tick
 from ..prompts import Row, prompt_ids
-from ..scores import Answer, perplexity, token_scores
+from ..scores import Answer, perplexity
 from .registry import Protocol
 
 
@@ -73,20 +73,14 @@ def text_rows(model: Model, texts: Sequence[str]) -> list[Row]:
 
 
 def perplexities(
-    model: Model,
-    texts: Sequence[str],
-    compat: bool = False,
-    batch_tokens: int | None = None,
-    progress: Tick = lambda done, total: None,
+    asked: Asked, texts: Sequence[str], compat: bool = False, progress: Tick = lambda done, total: None
 ) -> list[float]:
     """exp of the mean negative log-probability of each text's tokens, given those before them; batched.
 
     Of N tokens N - 1 are predicted, and the mean is over these; texts: as of `text_rows`, which raises
     compat: the sum is divided by N instead, as in the published code of UnderEdit/OverEdit
-    batch_tokens: padded tokens of a forward; None: from the free memory
     """
-    scored = token_scores(model, text_rows(model, texts), batch_tokens, progress)
-    return [_perplexity(answer, compat) for answer in scored]
+    return [_perplexity(answer, compat) for answer in asked.scores(text_rows(asked.model, texts), progress)]
 
 
 def _perplexity(answer: Answer, compat: bool) -> float:

@@ -29,7 +29,7 @@ from ..phases import Tick
 from ..prompts import answer_rows
 from ..scores import Answer, perplexity
 from .counterfact import harmonic_mean
-from .perplexity import perplexities
+from .perplexity import perplexities, refuse_deltas
 from .registry import Protocol
 
 KINDS = ("efficacy", "generalization", "specificity")
@@ -82,6 +82,8 @@ def measure(
         hold an answer against; output: the most probable token ids, neighbours first, then probes
     Raises `InputError` for a prompt longer than the model's longest row, or an `unedited` of other facts.
     """
+    if texts:
+        refuse_deltas("underedit", asked)
     questions = [_questions(fact, held) for fact, held in zip(facts, held_out(facts), strict=True)]
     earlier = None
     if unedited is not None:
@@ -110,9 +112,7 @@ def measure(
         metrics[f"score_{name}"] = score([metrics[f"{kind}_{name}"] for kind in KINDS], compat)
     for name in ("rewrite_ppl", "rephrase_ppl"):
         metrics[name] = mean([record[name] for record in records])
-    of_texts = perplexities(
-        asked.model, texts, compat, asked.batch_tokens, lambda done, _: progress(total - len(texts) + done, total)
-    )
+    of_texts = perplexities(asked, texts, compat, lambda done, _: progress(total - len(texts) + done, total))
     metrics["me_ppl"] = mean(of_texts)
     return {"metrics": metrics, "facts": records}
 

@@ -10,6 +10,7 @@ from typing import Any
 from ...kernels.errors import InputError
 from ..asked import Asked, mean
 from ..decoding import LIMIT, Said
+from ..endings import end_ids
 from ..facts import Fact
 from ..judges import Claim, ExactMatch, Judge
 from ..model import Model
@@ -135,10 +136,12 @@ def _metrics(records: Sequence[dict[str, Any]], truncation: str) -> dict[str, fl
 
 
 def trimmed(model: Model, text: str) -> str:
-    """Without one trailing ".", one line break and one end mark, each where it is last at its turn (published)."""
-    for mark in (*STOPS, model.tokenizer.eos_token or ""):
+    """Without one trailing ".", one line break and one end mark, each where it is last at its turn (published; any of
+    a chat model's end marks)."""
+    for mark in STOPS:
         text = text.removesuffix(mark)
-    return text
+    marks = (model.tokenizer.decode([i], skip_special_tokens=False) for i in end_ids(model))
+    return text.removesuffix(next((mark for mark in marks if mark and text.endswith(mark)), ""))
 
 
 def _match(model: Model, prompt: str, target: str, said: Said) -> float:

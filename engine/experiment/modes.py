@@ -17,6 +17,7 @@ from ..answer_store import AnswerStore
 from ..evaluation import evaluate, find_protocol
 from ..evaluation.outcome import flat, write
 from ..facts import Fact
+from ..finite import finite
 from ..judges import find_judge
 from ..judges.llm import KEY_VARIABLE
 from ..model import Model
@@ -51,6 +52,8 @@ def run(
         return progress.folder
     inputs = read_inputs(experiment)
     more: dict[str, Any] = {} if experiment.context is None else {"context": experiment.context}
+    if experiment.compat and "compat" in find_protocol(experiment.protocol).options:
+        more["compat"] = True
     if experiment.protocol == "wild":
         more["judge"] = find_judge(experiment.judge, model=experiment.judge_model, base_url=experiment.judge_url)
         more["judge"].prepare()
@@ -92,8 +95,9 @@ class _Mode:
         self.sources: dict[str, Any] = {"method": experiment.name, "mode": experiment.mode, "model": experiment.model}
 
     def whole(self, session: EditSession) -> None:
-        self.before = self._measure(self.facts, "evaluate_unedited", keep=True)
-        self._only_wrong()
+        with AnswerStore.of(self.model) as store:
+            self.before = self._measure(self.facts, "evaluate_unedited", store)
+            self._only_wrong(store)
         self._row(0, self.before, len(self.facts))
         after = self._single(session) if self.experiment.mode == "single" else self._sequence(session)
         self._row(len(self.progress.steps), after, len(self.facts))
@@ -109,7 +113,7 @@ class _Mode:
         write(self.progress.folder, self.facts, after, self.before, about)
         self.progress.finish()
 
-    def _only_wrong(self) -> None:
+    def _only_wrong(self, store: AnswerStore) -> None:
         """Facts that the unedited model answers right need no edit: left out where that is asked for."""
         if not self.experiment.only_wrong:
             return
@@ -120,14 +124,16 @@ class _Mode:
             raise InputError(f"only_wrong: the unedited model answers all {asked} facts right; nothing is left to edit")
         self.sources["asked"] = asked
         self.before = {}  # the unedited model is not compared with itself
-        self.before = self._measure(self.facts, "evaluate_unedited", keep=True)  # answers are known: metrics alone
+        self.before = self._measure(self.facts, "evaluate_unedited", store)  # answers are known: metrics alone
 
     def _single(self, session: EditSession) -> dict[str, Any]:
         start = time.perf_counter()
         made = session.edit_each(self.facts)
         self.seconds["edit"] = time.perf_counter() - start
         results.write_json(self.progress.folder / SINGLES, made.report)
-        return self._measure(self.facts, "evaluate", deltas=made.updates)
+        # beside the unedited weights, whose answers stay
+        with AnswerStore(AnswerStore.of(self.model).folder / "single", keep=False) as store:
+            return self._measure(self.facts, "evaluate", store, made.updates)
 
     def _sequence(self, session: EditSession) -> dict[str, Any]:
         asked, folder = self.experiment, self.progress.folder
@@ -146,50 +152,49 @@ class _Mode:
             there = known[place] if place < len(known) and known[place]["weights"] == weights else None
             last = so_far == len(self.facts)
             due = asked.checkpoints is not None and so_far // asked.checkpoints > begin // asked.checkpoints
-            step: dict[str, Any] = there or {"weights": weights, "facts": so_far, "immediate": self._at_once(batch)}
-            if last:
-                after = self._measure(self.facts, "evaluate")
-            if due or last:
-                if "metrics" not in step:
-                    step["metrics"] = (after if last else self._measure(self.facts[:so_far], "evaluate"))["metrics"]
-                checkpoints.append({"after": so_far, "metrics": step["metrics"]})
-                results.write_json(folder / CHECKPOINTS, checkpoints)
-            steps.append(step)
-            if due or last or time.monotonic() - saved > SAVE_SECONDS:
-                results.write_json(folder / STEPS, steps if len(steps) > len(known) else [*steps, *known[len(steps) :]])
-                saved = time.monotonic()
+            # what is asked twice is answered once
+            with AnswerStore.of(self.model, keep=False, weights=weights) as store:
+                step = there or {"weights": weights, "facts": so_far, "immediate": self._at_once(batch, store)}
+                if last:
+                    after = self._measure(self.facts, "evaluate", store)
+                if due or last:
+                    if "metrics" not in step:
+                        step["metrics"] = (after or self._measure(self.facts[:so_far], "evaluate", store))["metrics"]
+                    checkpoints.append({"after": so_far, "metrics": step["metrics"]})
+                    results.write_json(folder / CHECKPOINTS, checkpoints)
+                steps.append(step)
+                if due or last or time.monotonic() - saved > SAVE_SECONDS:
+                    results.write_json(folder / STEPS, [*steps, *known[len(steps) :]])
+                    saved = time.monotonic()
             if due and not last:
                 self._row(len(self.progress.steps), {"metrics": step["metrics"]}, so_far)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for step in steps for row in step["immediate"])
+        rows = [finite(row) for step in steps for row in step["immediate"]]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(folder / IMMEDIATE, lambda file: file.write(lines.encode()))
         session.save(folder)
         return after
 
-    def _at_once(self, batch: Sequence[Fact]) -> list[dict[str, Any]]:
+    def _at_once(self, batch: Sequence[Fact], store: AnswerStore) -> list[dict[str, Any]]:
         """A flat row of each of these facts, behind their own edit."""
-        found = self._measure(batch, "evaluate_at_once")
+        found = self._measure(batch, "evaluate_at_once", store)
         earlier = {record["id"]: record for record in self.before["facts"]}
         return [flat(fact, record, earlier[fact.id]) for fact, record in zip(batch, found["facts"], strict=True)]
 
     def _measure(
-        self, facts: Sequence[Fact], phase: str, keep: bool = False, deltas: Sequence[Any] = ()
+        self, facts: Sequence[Fact], phase: str, store: AnswerStore, deltas: Sequence[Any] = ()
     ) -> dict[str, Any]:
         start = time.perf_counter()
         more = self.more | ({"unedited": self.before} if self.against and self.before else {})
-        store = AnswerStore.of(self.model, keep)
-        if deltas:  # beside the unedited weights, whose answers stay
-            store = AnswerStore(store.folder / "single", keep)
-        with store:
-            found = evaluate(
-                self.model,
-                facts,
-                self.experiment.protocol,
-                None,
-                lambda done, total: self.listener(phase, done, total),
-                deltas=deltas,
-                store=store,
-                **more,
-            )
+        found = evaluate(
+            self.model,
+            facts,
+            self.experiment.protocol,
+            None,
+            lambda done, total: self.listener(phase, done, total),
+            deltas=deltas,
+            store=store,
+            **more,
+        )
         self.seconds["evaluate"] += time.perf_counter() - start
         return found
 

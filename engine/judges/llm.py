@@ -57,6 +57,7 @@ class LLMJudge:
         self.endpoint = Endpoint(model, base_url, key_variable, per_minute, retries, timeout, backoff)
         self.cache = cache
         self.client: Any = None
+        self._kept: KeptVerdicts | None = None
 
     def prepare(self) -> None:
         """Raises `InputError` now, before answers are generated, for a missing key or package."""
@@ -76,14 +77,16 @@ class LLMJudge:
     def verdicts(self, claims: Sequence[Claim], progress: Tick = lambda done, total: None) -> list[bool]:
         """Whether each claim is right, in their order; an empty answer is wrong, and nobody is asked.
 
-        Claims that are the same are asked once, and what was judged before, by any process, is not asked again. Two
-        processes at work at the same time do not see each other's verdicts.
+        Claims that are the same are asked once, and what was judged before, by any process, is not asked again. What
+        other processes judge once this one has begun is not seen.
         progress: counts distinct claims that are not empty
         Raises `InputError` where a claim gets no verdict; what was judged by then is kept, and the next call goes on.
         """
         keys = [claim_key(claim) for claim in claims]
         distinct = {key: claim for key, claim in zip(keys, claims, strict=True) if claim.answer.strip()}
-        kept = KeptVerdicts(self.path)
+        if self._kept is None or self._kept.path != self.path:
+            self._kept = KeptVerdicts(self.path)
+        kept = self._kept
         missing = [claim for key, claim in distinct.items() if key not in kept.known]
         total = len(distinct)
         progress(total - len(missing), total)

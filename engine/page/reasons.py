@@ -10,6 +10,7 @@ from .content import FAILED, PARTLY, Reason, average, finite, number, percent
 from .definitions import FOLLOWS, NEIGHBOR, PARAPHRASE, PROMPT
 
 HALF = 0.5  # a target value that makes the new object less probable than this was not found
+COMPARISONS = ("locality", "specificity_acc")  # these compare with the unedited model by themselves
 ACHIEVED = 0.9  # of the residual: below this the weights are what failed
 
 
@@ -85,7 +86,7 @@ def of_record(record: Mapping[str, Any], asked: Mapping[str, str | None]) -> lis
         elif what == FOLLOWS:
             text = f"Of what follows from the fact {percent(value)} is right."
             found.append(Reason("what follows is missing", text, makes))
-        elif (earlier := finite(record.get(f"{key}_unedited"))) is None or value < earlier:
+        elif value < (finite(record.get(f"{key}_unedited")) or (1.0 if key in COMPARISONS else 0.0)):
             now, then = record.get("locality_answer"), record.get("locality_answer_unedited")
             text = f"{percent(value)} is as it should stay" if now is None else f"{quoted(then)} became {quoted(now)}"
             found.append(Reason("neighbour changed", f"A question about something else: {text}.", makes))

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import rewire
 from commands import FACTS, Command, complaint
 from rewire import cli
 from rewire.cli import common
+from rewire.engine import evaluation
 from rewire.engine.datasets import write_facts
 from rewire.engine.facts import Probe, Ripple
 from rewire.engine.phases import Listener
@@ -135,6 +137,7 @@ def test_what_reads_texts(run: Command, facts: Path, texts: Path, delta: Path, t
     assert run("report", tmp_path / "plain").status == 0
     shown = run(*words)
     assert shown.out.splitlines()[-1] == "2 texts, protocol perplexity"
+    assert run(*words, "--limit", 1).out.splitlines()[-1] == "1 text, protocol perplexity"
     assert f"{plain['metrics']['perplexity']:.4g}" in shown.out
 
     words = ("evaluate", "demo", facts, "--protocol", "drift", "--texts", texts, "--delta", delta)
@@ -207,6 +210,37 @@ def test_what_is_wrong(
     for words, said in wrong:
         assert said in complaint(run("evaluate", *words))
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["mine.txt"]
+
+
+def test_a_delta_of_another_model_is_refused_before_the_long_work(
+    run: Command, facts: Path, delta: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(evaluation, "evaluate", measure)
+    said = complaint(run("evaluate", other, facts, "--delta", delta, "--protocol", "synthetic"))
+    assert said.startswith("the delta was made on ")
+
+
+def test_a_broken_model_gives_json_all_the_same(run: Command, facts: Path, tmp_path: Path) -> None:
+    model: Any = rewire.load("demo")
+    with torch.no_grad():
+        model.hf.get_parameter(model.anatomy.weight_name(2))[0, 0] = float("nan")
+    model.hf.save_pretrained(tmp_path / "broken")
+    model.tokenizer.save_pretrained(tmp_path / "broken")
+    done = run("evaluate", tmp_path / "broken", facts, "--out", tmp_path / "out", "--json")
+    assert done.status == 0, done.err
+    assert done.json["metrics"]["efficacy_magnitude"] is None
+
+    def none(name: str) -> None:
+        raise AssertionError(name)
+
+    for path in ("evaluation.json", "records.jsonl"):
+        for line in (tmp_path / "out" / path).read_text().splitlines() if path[-1] == "l" else [
+            (tmp_path / "out" / path).read_text()
+        ]:  # fmt: skip
+            json.loads(line, parse_constant=none)
 
 
 def test_interrupted_it_goes_on(run: Command, facts: Path, delta: Path, tmp_path: Path) -> None:

@@ -183,6 +183,18 @@ def test_what_nobody_asks_again_is_removed(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_what_another_evaluation_was_interrupted_with_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    store = AnswerStore(folder, keep=False)
+    store.add({"a": 1, "b": 2})
+    with pytest.raises(KeyboardInterrupt), store:
+        raise KeyboardInterrupt
+    with AnswerStore(folder, keep=False) as store:
+        assert (store.get("b"), store.get("c")) == (2, None)
+        store.add({"c": 3})
+    assert lines(folder) == {"a": 1}
+
+
 def test_another_model_has_another_folder(demo: rewire.Model) -> None:
     first = AnswerStore.of(demo).folder
     assert AnswerStore.of(rewire.load("demo")).folder == first

@@ -13,8 +13,10 @@ import pytest
 
 import rewire
 from commands import FACTS, start
+from rewire.engine import asked as asked_module
 from rewire.engine.answer_store import AnswerStore
 from rewire.engine.datasets import write_facts
+from rewire.engine.decoding import continue_each
 from rewire.engine.evaluation import evaluate
 from rewire.engine.evaluation.outcome import flat
 from rewire.engine.experiment import modes
@@ -245,6 +247,35 @@ def test_batches_and_all_at_once(
             near(mine, wanted)
     # all at once there is nothing between its own edit and the end
     assert (joint / "immediate.jsonl").read_text() == (joint / "records.jsonl").read_text()
+
+
+def test_what_is_asked_at_once_and_at_the_end_is_answered_once(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[int] = []
+
+    def count(model: Any, prompts: Any, *args: Any, **more: Any) -> Any:
+        said.append(len(prompts))
+        return continue_each(model, prompts, *args, **more)
+
+    monkeypatch.setattr(asked_module, "continue_each", count)
+    go(mode="batch", protocol="wild", judge="exact")
+    unedited, edited = said
+    assert unedited == edited
+
+
+def test_published_behaviour_reaches_the_protocol(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Any] = []
+
+    def hear(*args: Any, **more: Any) -> Any:
+        heard.append(more.get("compat"))
+        return evaluate(*args, **more)
+
+    monkeypatch.setattr(modes, "evaluate", hear)
+    for protocol, told in (("ripple", True), ("counterfact", None)):
+        heard.clear()
+        go(mode="batch", protocol=protocol, compat=True)
+        assert heard == [told] * 3
 
 
 def test_iterations_of_a_batch(go: Callable[..., Path]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rewire.engine import page
+from rewire.engine.page.reasons import of_record
 from rewire.kernels.errors import InputError
 
 HOSTILE = '</script><script>alert(1)</script><img src="https://example.org/x" onerror=alert(2)>'
@@ -360,6 +361,18 @@ def test_an_evaluation_says_what_is_wrong_with_an_answer(evaluated: Path) -> Non
         "generate 3.00",
     ):
         assert text in parsed.shown, text
+
+
+def test_what_compares_with_nothing_changed_nothing(tmp_path: Path) -> None:
+    """Of an evaluation without an unedited side: only what is a comparison by itself says that a neighbour changed."""
+    rows = [
+        {"id": "a", "efficacy_accuracy": 1.0, "neighborhood_success": 1.0, "neighborhood_accuracy": 0.0},
+        {"id": "b", "efficacy_accuracy": 1.0, "locality": 0.0},
+        {"id": "c", "efficacy_accuracy": 1.0, "neighborhood_accuracy": 0.2, "neighborhood_accuracy_unedited": 0.5},
+    ]
+    for row, key in zip(rows, ("neighborhood_accuracy", "locality", "neighborhood_accuracy"), strict=True):
+        asked = {"prompt": "efficacy_accuracy", "paraphrase": None, "follows": None, "neighbor": key}
+        assert [reason.label for reason in of_record(row, asked)] == ["neighbour changed"] * (row["id"] != "a")
 
 
 def test_an_evaluation_of_no_facts(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from small_models import make
 
 import rewire
+from rewire.engine.asked import Asked
 from rewire.engine.evaluation.perplexity import perplexities, read_texts
 from rewire.engine.scores import perplexity
 from rewire.kernels.errors import InputError
@@ -29,34 +30,34 @@ def test_batched_is_one_by_one(known: rewire.Model, shared: Path, budget: int | 
     assert len(texts) == 50
     assert texts[0].startswith(" Regions")  # as it stands
     chosen = [*texts[:12], texts[0]]
-    found = perplexities(known, chosen, batch_tokens=budget)
+    found = perplexities(Asked(known, batch_tokens=budget), chosen)
     losses = [own_losses(known, text) for text in chosen]
     assert found == pytest.approx([math.exp(loss) for loss, _ in losses], rel=1e-4)
-    published = perplexities(known, chosen, compat=True, batch_tokens=budget)
+    published = perplexities(Asked(known, batch_tokens=budget), chosen, compat=True)
     assert published == pytest.approx([math.exp(loss * (n - 1) / n) for loss, n in losses], rel=1e-4)
 
 
 def test_of_a_family_with_bos() -> None:
     model = make("llama")
-    found = perplexities(model, TEXTS)
+    found = perplexities(Asked(model), TEXTS)
     assert found == pytest.approx([math.exp(own_losses(model, text)[0]) for text in TEXTS], rel=1e-5)
     seen: list[tuple[int, int]] = []
-    perplexities(model, TEXTS, batch_tokens=1, progress=lambda done, total: seen.append((done, total)))
+    perplexities(Asked(model, batch_tokens=1), TEXTS, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(n, 4) for n in (1, 2, 3, 4)]
-    assert perplexities(model, []) == []
+    assert perplexities(Asked(model), []) == []
 
 
 def test_texts_without_a_perplexity_are_named(known: rewire.Model) -> None:
     bos = len(known.tokenizer("a")["input_ids"]) - 1
     with pytest.raises(InputError, match=r"text 2 of 2 \(''\) has no token, expected two or more"):
-        perplexities(known, ["a b", ""])
+        perplexities(Asked(known), ["a b", ""])
     if bos:
-        assert len(perplexities(known, ["a"])) == 1
+        assert len(perplexities(Asked(known), ["a"])) == 1
     else:
         with pytest.raises(InputError, match=r"text 1 of 2 \('a'\) has 1 token, expected two or more"):
-            perplexities(known, ["a", "a b"])
+            perplexities(Asked(known), ["a", "a b"])
     with pytest.raises(InputError, match=r"text 1 of 1 \('a a a.*\) has \d+ tokens, the model takes 256; cut it"):
-        perplexities(known, ["a " * 400])
+        perplexities(Asked(known), ["a " * 400])
 
 
 def test_a_broken_model_still_has_a_number() -> None:

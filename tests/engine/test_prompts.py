@@ -29,6 +29,7 @@ from rewire.engine.prompts import (
     fact_rows,
     kl_rows,
     pad,
+    prompt_ids,
     read_contexts,
     subject_rows,
 )
@@ -220,6 +221,16 @@ def test_answers(kind, fact, spaces):
     (row,) = answer_rows(tokenizer, [(fact.question.rstrip() + spaces, fact.target_new)])
     (same,) = fact_rows(tokenizer, [fact], [PLAIN], 10_000)[0]
     assert (row.ids, row.labels, row.position) == (same.ids, same.labels, -1)
+
+
+@pytest.mark.parametrize("kind", CLEAN)
+def test_behind_a_line_break_an_object_has_no_space(kind):
+    """As a chat template ends: what the model says there begins a line."""
+    tokenizer = build(kind)
+    for prompt, text in (("Q: who?\nA:\n\n", "Q: who?\nA:\n\nRome"), ("Who? ", "Who? Rome")):
+        (row,) = answer_rows(tokenizer, [(prompt, "Rome")])
+        assert [*row.ids, row.labels[-1]] == list(prompt_ids(tokenizer, [text])[0])
+        assert decode(tokenizer, row.labels).strip() == "Rome"
 
 
 @pytest.mark.parametrize("kind", CLEAN)

@@ -14,6 +14,7 @@ from small_models import FACTS, make
 
 import rewire
 from rewire.engine import asked, scores
+from rewire.engine.asked import Asked
 from rewire.engine.evaluation import evaluate
 from rewire.engine.evaluation.perplexity import perplexities
 from rewire.engine.evaluation.underedit import score
@@ -119,7 +120,7 @@ def test_against_a_plain_evaluator(known: rewire.Model, shared: Path, kind: str)
     for name in ("rewrite_ppl", "rephrase_ppl"):
         found = [record[name] for record in wanted if record[name] is not None]
         assert metrics[name] == pytest.approx(average(found), rel=1e-4)
-    assert metrics["me_ppl"] == pytest.approx(average(perplexities(edited, texts)))
+    assert metrics["me_ppl"] == pytest.approx(average(perplexities(Asked(edited), texts)))
     assert (metrics["score_success"] is None) == (kind == "zsre")  # nothing to hold the answer against
 
     assert before["metrics"]["specificity_acc"] is before["metrics"]["score_acc"] is None
@@ -137,6 +138,12 @@ def test_an_unchanged_model_is_stable_in_any_batches(known: rewire.Model, shared
     published = evaluate(known, facts, "underedit", compat=True)["metrics"]  # of GPT-2 at shifted positions
     rates = [published[f"{kind}_success"] for kind in ("efficacy", "generalization", "specificity")]
     assert published["score_success"] == pytest.approx(score([rate for rate in rates if rate], compat=True))
+
+
+def test_texts_under_deltas_are_refused() -> None:
+    model = make("llama")
+    with pytest.raises(InputError, match="measures the weights as they are, 1 deltas beside them given"):
+        evaluate(model, FACTS[:1], "underedit", deltas=[{}], texts=["The old man."])
 
 
 def test_each_pair_runs_once_and_the_head_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

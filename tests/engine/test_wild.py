@@ -314,6 +314,19 @@ def test_what_is_taken_off_an_answer(text: str, left: str) -> None:
     assert trimmed(model, text) == left
 
 
+def test_any_of_several_end_marks_is_taken_off() -> None:
+    """A chat model ends its turn with another token than its tokenizer's end of text."""
+    model = rewire.wrap(build(*FAMILIES["llama"][:2]), tokenizer(), "llama")
+    hf: Any = model.hf
+    hf.generation_config.eos_token_id = [model.tokenizer.eos_token_id, other := model.tokenizer.bos_token_id]
+    mark = model.tokenizer.convert_ids_to_tokens(other)
+    assert mark != model.tokenizer.eos_token
+    assert [trimmed(model, f" harp{end}") for end in (mark, "</s>", f".{mark}", f"{mark}.")] == [" harp"] * 2 + [
+        " harp.",
+        " harp",
+    ]
+
+
 @pytest.mark.parametrize("template", [CHAT, CHAT.replace("{{ bos_token }}", "")], ids=["bos", "no bos"])
 @pytest.mark.parametrize("adds", [True, False], ids=["adds", "adds none"])
 def test_a_chat_begins_once(template: str, adds: bool) -> None:
