@@ -40,12 +40,19 @@ def inspect(
         editable(loaded)
     except InputError as error:
         refused = str(error)
+    last = set()
     for name in METHODS:
         kind = find_method(name).hparams
-        hparams, source = load_hparams(kind, name, loaded.name, loaded.anatomy)
+        try:
+            hparams, source = load_hparams(kind, name, loaded.name, loaded.anatomy)
+        except InputError as error:
+            found[f"preset for {name}"] = str(error)
+            continue
         found[f"preset for {name}"] = f"{source}, layers {list(hparams.layers)}"
-        if refused is None:
-            verify(loaded, hparams.layers[-1])
+        last.add(hparams.layers[-1])
+    if refused is None:
+        for layer in sorted(last):
+            verify(loaded, layer)
     found["checked"] = refused or "replayed blocks give the model's own logits"
     if json:
         common.print_json(found)

@@ -113,6 +113,12 @@ class Hparams(BaseModel):
             raise ValueError("expected ascending layer numbers from 0, each once")
         return layers
 
+    @classmethod
+    def default_layers(cls, n_layers: int) -> list[int]:
+        """Layers by relative depth, as the published presets for Llama have them: 4 to 8 of 32."""
+        last = max(0, round(n_layers / 4))
+        return list(range(max(last - 4, min(last, round(n_layers / 8))), last + 1))
+
     def check(self, anatomy: Anatomy, where: Callable[[str], str]) -> None:
         """Raises `InputError` where these hyper-parameters do not fit the model; where(name): the value's source."""
         n = anatomy.n_layers
@@ -157,7 +163,7 @@ def load_hparams(
     if found is not None:
         values = {**_of_the_method(kind, method, found), **overrides}
     else:
-        values = {"layers": default_layers(anatomy.n_layers), **overrides}
+        values = {"layers": kind.default_layers(anatomy.n_layers), **overrides}
         log.warning(
             "no preset for %s: editing layers %s with default hyper-parameters, untuned; see --preset and --set",
             model_name,
@@ -165,7 +171,7 @@ def load_hparams(
         )
 
     def where(name: str) -> str:
-        return SET if found is None or name in overrides else found.place
+        return SET if name in overrides else "defaults by depth" if found is None else found.place
 
     hparams = check_values(kind, values, where)
     hparams.check(anatomy, where)
@@ -220,12 +226,6 @@ def _of_the_method(kind: type[Hparams], method: str, preset: Preset) -> dict[str
         level = logging.INFO if preset.shipped else logging.WARNING
         log.log(level, "not used by Rewire, ignored: %s", ", ".join(unused))
     return {key: value for key, value in values.items() if key in kind.model_fields}
-
-
-def default_layers(n_layers: int) -> list[int]:
-    """Layers by relative depth, as the published presets for Llama have them: 4 to 8 of 32."""
-    last = max(0, round(n_layers / 4))
-    return list(range(max(last - 4, min(last, round(n_layers / 8))), last + 1))
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def outline(
         raise InputError(f"dtype {dtype!r} is unknown; expected auto, checkpoint, {', '.join(DTYPES)}")
     if quantize not in (None, *QUANTIZE):
         raise InputError(f"quantize {quantize!r} is unknown; expected {', '.join(QUANTIZE)} (or none)")
-    place = torch.device(pick_device(device))
+    place = torch.device(pick_device("auto" if device == "balanced" else device))
     source = str(demo_file(".")) if name == "demo" else name
     if (Path(source).exists() or Path(source).is_absolute()) and not (Path(source) / "config.json").is_file():
         raise InputError(f"{source}: no model there (no config.json); expected a Hugging Face model directory")

@@ -345,8 +345,6 @@ class _Work:
             by, cost = "dense system", dense_solve_cost(d, n)
             if self.method == "memit-history":  # of keys that the factor whitened
                 device += 8 * d * d
-            else:
-                made, disk = NOTHING, 0
         return by, made, cost, device, disk
 
     def apply(self) -> Phase:

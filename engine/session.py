@@ -149,6 +149,7 @@ class EditSession:
         passes: tuple[int, float | None, Callable[[Iteration], None]],
     ) -> tuple[Edit, Any]:
         editable(self.model)
+        self._unchanged()
         phases = Phases(self.listener)
         self._sample(phases)
         iterations, stop_gap, watch = passes
@@ -205,6 +206,14 @@ class EditSession:
         keys = len(facts) * (len(done) if self.compat else 1)
         return Edit(report["id"], facts, report, keys), outcome.state
 
+    def _unchanged(self) -> None:
+        """Until its first edit: what this session starts from, and statistics are of, is the model as it is now."""
+        if not self.edits and (now := self.model.fingerprint) != self.fingerprint:
+            raise InputError(
+                f"{self.model.name} was changed since this session began (fingerprint {self.fingerprint}, now {now}); "
+                "begin a new one"
+            )
+
     def edit_each(self, facts: Sequence[Fact]) -> Singles:
         """Each fact edited alone, as if it were the only edit of the weights as they are, all in one batch.
 
@@ -215,6 +224,7 @@ class EditSession:
             raise InputError("each fact alone: this session has edits; begin a new one")
         facts = _checked(facts)
         editable(self.model)
+        self._unchanged()
         phases = Phases(self.listener)
         with using(self.impl):
             self._sample(phases)
@@ -341,11 +351,12 @@ def _warn_of_contradictions(facts: Sequence[Fact]) -> None:
 
 
 def _checked(facts: Sequence[Fact]) -> tuple[Fact, ...]:
-    if not facts:
+    found = () if isinstance(facts, (str, Fact)) else tuple(facts)
+    if not found and not isinstance(facts, (str, Fact)):
         raise InputError("no facts to edit")
-    if isinstance(facts, Fact) or not all(isinstance(fact, Fact) for fact in facts):
+    if not found or not all(isinstance(fact, Fact) for fact in found):
         raise InputError("edit takes a list of rewire.Fact; rewire.read_facts(path) makes one")
-    return tuple(facts)
+    return found
 
 
 def _refuse(name: str, factors: Factors) -> float:

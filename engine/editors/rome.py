@@ -38,6 +38,11 @@ class RomeHparams(Hparams):
     mom2_adjustment: bool = True
     context_template_length_params: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
 
+    @classmethod
+    def default_layers(cls, n_layers: int) -> list[int]:
+        """The last of those that the other methods edit."""
+        return super().default_layers(n_layers)[-1:]
+
 
 def check(job: Job) -> None:
     spreading.check(job, (MLP,) if job.hparams.mom2_adjustment else ())

@@ -114,7 +114,7 @@ class Experiment(BaseModel):
         if algorithm.neighbors and given.get("neighbors") is False:
             raise ValueError(f"method {values['method']!r} has neighbours' help, neighbors: false says otherwise")
         made = said | given | {"method": algorithm.name}
-        if made.get("data") in SETS and made["neighbors"] and "num_edits" in made:
+        if isinstance(made.get("data"), str) and made["data"] in SETS and made["neighbors"] and "num_edits" in made:
             made.setdefault("subset", made["num_edits"])  # published sets with neighbours are numbered by their size
         return made
 
@@ -188,7 +188,7 @@ class Experiment(BaseModel):
     def folder(self, facts: int) -> Path:
         """`{out}/{method}/{model}/{data}/N_{edits}/S_{subset}/[B_{batch}/]I_{iterations}`, but for the batch as
         published; facts: how many there are, where no number was asked for."""
-        data = Path(self.data).stem if Path(self.data).suffix else self.data
+        data = self.data if self.data in SETS else Path(self.data).stem
         parts = [self.name, Path(self.model).name, data, f"N_{self.num_edits or facts}", f"S_{self.subset or 0}"]
         if self.batch is not None:
             parts.append(f"B_{self.batch}")

@@ -26,7 +26,7 @@ from ..report import versions
 from ..session import EditSession
 from ..value_store import weights_digest
 from . import names, results
-from .begin import read_inputs, session_of
+from .begin import fetched, read_inputs, session_of
 from .config import Experiment
 from .data import facts_of
 from .progress import Progress, content_digest
@@ -45,12 +45,13 @@ def run(
     tell: called with a row for the unedited model (number 0), each checkpoint, and the end
     """
     facts = facts_of(experiment)
-    progress = Progress.find(experiment, facts, ())
+    inputs = read_inputs(experiment)
+    progress = Progress.find(experiment, facts, (), inputs.digests)
     if progress.iterations is not None:
         for row in progress.rows:
             tell(row)
         return progress.folder
-    inputs = read_inputs(experiment)
+    inputs = fetched(experiment, inputs)
     more: dict[str, Any] = {} if experiment.context is None else {"context": experiment.context}
     if experiment.compat and "compat" in find_protocol(experiment.protocol).options:
         more["compat"] = True

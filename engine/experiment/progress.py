@@ -1,13 +1,14 @@
 """What of an experiment is on disk: whose folder it is, and on which weights each step was measured.
 
 A folder belongs to the experiment in its `experiment.yaml`. `progress.json` says what that file cannot: digests of the
-facts, the texts and the unedited weights, and for each step the digest of the weights that its results are of. A run
-that is started again edits again (values come from disk), and takes a step's results where its weights are the same.
+facts, the texts, the preset and other files that it names, and the unedited weights, and for each step the digest of
+the weights that its results are of. A run that is started again edits again (values come from disk), and takes a
+step's results where its weights are the same.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ OURS = {FILE, PROGRESS}  # the first files of a folder
 class Progress:
     """One folder's.
 
-    about: digests that a run in this folder must have: of the experiment, facts, texts, and the unedited model
+    about: digests that a run in this folder must have: of the experiment, facts, texts, what else it names, and the
+        unedited model
     steps: number -> {"weights": digest, "row": what the command shows}; 0 is the unedited model
     iterations: steps in all, once the last one is known
     """
@@ -40,13 +42,19 @@ class Progress:
     iterations: int | None = None
 
     @classmethod
-    def find(cls, experiment: Experiment, facts: Sequence[Fact], texts: Sequence[str]) -> "Progress":
-        """Of the experiment's folder, which need not be there. Raises `InputError` for a folder that is not its own."""
+    def find(
+        cls, experiment: Experiment, facts: Sequence[Fact], texts: Sequence[str], inputs: Mapping[str, str]
+    ) -> "Progress":
+        """Of the experiment's folder, which need not be there; inputs: digests of what else the experiment names.
+
+        Raises `InputError` for a folder that is not its own.
+        """
         folder = experiment.folder(len(facts))
         about = {
             "experiment": content_digest(experiment.wanted),
             "facts": content_digest([to_record(fact) for fact in facts]),
             "texts": content_digest(list(texts)),
+            **inputs,
         }
         found = cls(folder, experiment, about)
         if folder.exists() and not folder.is_dir():

@@ -28,7 +28,7 @@ from ..session import EditSession
 from ..statistics import encode
 from ..value_store import weights_digest
 from . import modes, names, plots, results, summary
-from .begin import check, read_inputs, session_of
+from .begin import check, fetched, read_inputs, session_of
 from .config import Experiment
 from .data import TEXTS, facts_of, texts_of
 from .progress import PROGRESS, Progress, content_digest
@@ -62,12 +62,13 @@ def run(
     if experiment.mode is not None:
         return modes.run(experiment, listener, tell, load)
     facts, texts = facts_of(experiment), texts_of(experiment)
-    progress = Progress.find(experiment, facts, texts)
+    inputs = read_inputs(experiment)
+    progress = Progress.find(experiment, facts, texts, inputs.digests)
     if progress.iterations is not None:
         for row in progress.rows:
             tell(row)
         return progress.folder
-    inputs = read_inputs(experiment)
+    inputs = fetched(experiment, inputs)
     if not texts:
         log.warning("%s is not there: no ME-PPL is measured (--perplexity names texts)", experiment.data_dir / TEXTS)
     model = load(names.locate(experiment.model), experiment.dtype, experiment.device)
@@ -198,6 +199,7 @@ class _Run:
             "weights": weights_digest(self.model),
             "config": config.to_json_string(),
             "dtype": str(next(self.model.hf.parameters()).dtype),
+            "device": self.model.device.type,
             "versions": [torch.__version__, transformers.__version__],
             "facts": [to_record(fact) for fact in self.facts],
             "texts": list(self.texts),

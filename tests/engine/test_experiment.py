@@ -79,6 +79,8 @@ def test_the_published_layout() -> None:
     named = read_experiment(None, {"model": "a/b", "data": "mcf", "num_edits": 960, "method": "alphaedit_NEIGHBOR"})
     assert (named.subset, named.neighbors) == (960, True)
     file = read_experiment(None, {"model": "/x/cf-gpt2", "data": "my/facts.v2.jsonl", "batch": 10, "out": "o"})
+    plain = read_experiment(None, {"model": "demo", "data": "/x/facts", "out": "o"})
+    assert plain.folder(3) == Path("o/MEMIT/demo/facts/N_3/S_0/I_1")
     assert file.folder(30) == Path("o/MEMIT/cf-gpt2/facts.v2/N_30/S_0/B_10/I_1")
 
 
@@ -143,6 +145,7 @@ def test_what_is_written_is_read_back(keys: dict[str, Any], tmp_path: Path) -> N
         ("model: demo\ndata: mcf\niterations: 0", "{path}: iterations: 0 found, expected 1 or more"),
         ("model: demo\ndata: mcf\nbatch: many", "{path}: batch: 'many' found, expected a whole number"),
         ("model: demo\ndata: mcf\nbatch: 1.5", "{path}: batch: 1.5 found, expected a whole number"),
+        ("model: demo\ndata: [mcf]", "{path}: data: ['mcf'] found, expected a text"),
         ("model: demo\ndata: mcf\nstop_gap: -1", "{path}: stop_gap: -1 found, expected 0 or more"),
         ("model: demo\ndata: mcf\nstop_gap: .inf", "{path}: stop_gap: inf found, expected a finite number"),
         ("model: demo\ndata: mcf\ncompat: maybe", "{path}: compat: 'maybe' found, expected true or false"),

@@ -177,6 +177,23 @@ def test_a_folder_of_another(go: Callable[..., Path], facts: Path, asked: dict[s
         go(iterations=1, num_edits=3)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_finished_on_files_that_read_otherwise_now(go: Callable[..., Path], tmp_path: Path) -> None:
+    preset, contexts, corpus = tmp_path / "p.yaml", tmp_path / "c.json", tmp_path / "text.txt"
+    preset.write_text("layers: [1]\n")
+    contexts.write_text('["The ferry waits. {}"]')
+    corpus.write_text(demo_file("corpus.txt").read_text())
+    keys = {"preset": str(preset), "contexts": contexts, "corpus": str(corpus), "stats": None, "iterations": 1}
+    go(**keys)
+    for path, name in ((preset, "preset"), (contexts, "contexts"), (corpus, "corpus")):
+        before = path.read_text()
+        path.write_text(before.replace("[1]", "[2]").replace("ferry", "river"))
+        with pytest.raises(rewire.InputError, match=f"begun with other {name} than now"):
+            go(**keys)
+        path.write_text(before)
+    go(**keys)
+
+
 class Stopped(Exception):
     pass
 

@@ -10,9 +10,11 @@ import yaml
 
 from rewire.engine.anatomy import Anatomy
 from rewire.engine.editors.alphaedit import AlphaEditHparams
+from rewire.engine.editors.names import METHODS
 from rewire.engine.editors.pmet import PmetHparams
+from rewire.engine.editors.registry import find_method
 from rewire.engine.editors.rome import RomeHparams
-from rewire.engine.hparams import Hparams, default_layers, load_hparams, parse_overrides
+from rewire.engine.hparams import Hparams, load_hparams, parse_overrides
 from rewire.kernels.errors import InputError
 
 PUBLISHED = """\
@@ -305,9 +307,17 @@ def test_defaults_by_depth_are_said_aloud(caplog: pytest.LogCaptureFixture) -> N
     assert "editing layers [3]" in caplog.text
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_defaults_on_a_model_of_any_depth(method: str) -> None:
+    kind = find_method(method).hparams
+    for n in (1, 5, 12, 32, 80):
+        hparams, source = load_hparams(kind, method, "unheard-of", anatomy(n))
+        assert (hparams.layers[-1], source) == (Hparams.default_layers(n)[-1], "defaults by depth")
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 12, 24, 28, 32, 48, 80])
 def test_default_layers_are_layers_of_the_model(n: int) -> None:
-    layers = default_layers(n)
+    layers = Hparams.default_layers(n)
     assert layers == list(range(layers[0], layers[-1] + 1))
     assert layers[0] >= 0
     assert layers[-1] <= n / 2

@@ -222,8 +222,9 @@ def test_a_second_session_starts_from_what_it_finds(
 
 def test_what_others_wrote_is_not_overwritten(demo: rewire.Model, facts: list[Fact]) -> None:
     """Two sessions on one model: the first neither undoes nor edits over the second."""
-    first, second = session_on(demo), session_on(demo)
+    first = session_on(demo)
     one = first.edit(facts[:2], evaluate=False)
+    second = session_on(demo)
     two = second.edit(facts[2:], evaluate=False)
     both = state(demo)
     with pytest.raises(InputError, match="changed by something else"):
@@ -234,6 +235,17 @@ def test_what_others_wrote_is_not_overwritten(demo: rewire.Model, facts: list[Fa
     assert [edit.id for edit in first.edits] == [one.id]
     second.undo(two.id)
     first.undo(one.id)
+
+
+def test_a_model_that_others_changed_is_not_what_a_session_began_with(demo: rewire.Model, facts: list[Fact]) -> None:
+    """Its statistics would be of those weights, and its delta would not say so."""
+    late, other = session_on(demo), session_on(demo)
+    other.edit(facts[:2], evaluate=False)
+    for edit in (late.edit, late.edit_each):
+        with pytest.raises(InputError, match=r"was changed since this session began .* begin a new one"):
+            edit(facts[2:])
+    other.undo(other.edits[0].id)
+    late.edit(facts[2:], evaluate=False)
 
 
 def test_a_failed_report_leaves_nothing(demo: rewire.Model, facts: list[Fact], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +303,7 @@ def test_what_is_said_is_greedy_whatever_the_model_prefers(demo: rewire.Model, f
 
 
 def test_facts_are_facts(demo: rewire.Model, facts: list[Fact]) -> None:
-    for wrong in ("facts.jsonl", facts[0], [{"subject": "Ann"}]):
+    for wrong in ("facts.jsonl", facts[0], [{"subject": "Ann"}], ({} for _ in facts)):
         with pytest.raises(InputError, match="a list of rewire"):
             session_on(demo).edit(wrong)  # type: ignore[arg-type]
 
@@ -317,9 +329,16 @@ def test_nothing_asked_is_not_achieved(demo: rewire.Model, facts: list[Fact]) ->
     assert {fact["achieved"] for fact in session.edit(facts, evaluate=False).report["facts"]} == {None}
 
 
+def test_facts_may_come_as_they_are_made(demo: rewire.Model, facts: list[Fact]) -> None:
+    done = session_on(demo).edit((fact for fact in facts), evaluate=False)  # type: ignore[arg-type]
+    assert done.facts == tuple(facts)
+
+
 def test_no_facts(demo: rewire.Model) -> None:
     with pytest.raises(InputError, match="no facts to edit"):
         session_on(demo).edit([])
+    with pytest.raises(InputError, match="no facts to edit"):
+        session_on(demo).edit(fact for fact in ())  # type: ignore[arg-type]
 
 
 # repeatable, and alone
