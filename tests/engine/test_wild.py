@@ -86,8 +86,9 @@ def questions(fact: rewire.Fact) -> dict[str, list[tuple[str, tuple[str, ...]]]]
 
 
 def target_tokens(model: rewire.Model, ids: Sequence[int], text: str, target: str) -> list[int]:
-    """Behind the prompt, of prompt and target tokenised together."""
-    whole = model.tokenizer(f"{text} {target}")["input_ids"]
+    """Behind the prompt, of both tokenised together; behind a line break (chat) the target begins a line."""
+    between = "" if text.endswith("\n") else " "
+    whole = model.tokenizer(f"{text}{between}{target}")["input_ids"]
     assert list(whole[: len(ids)]) == list(ids)
     return list(whole[len(ids) :])
 
