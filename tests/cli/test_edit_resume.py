@@ -72,7 +72,7 @@ def test_killed_and_started_again(
 ) -> None:
     """The delta is that of an edit that was never killed; Ctrl-C says how much is there, also in a round."""
     cache = Path(os.environ["REWIRE_CACHE"]) / "values"
-    words = ("edit", "demo", FACTS, "--preset", preset, "--contexts", contexts, "--limit", 24, "--no-evaluate", *STEPS)
+    words = ("edit", "demo", FACTS, "--preset", preset, "--contexts", contexts, "--limit", 40, "--no-evaluate", *STEPS)
     words = (*words, "--batch-size", 8, "--out")
     for send, status in ((signal.SIGKILL, -9), (signal.SIGINT, 3)):
         process = start(*words, tmp_path / "often")
@@ -85,11 +85,11 @@ def test_killed_and_started_again(
         assert not (tmp_path / "often").exists()
     *_, there, said = err.splitlines()
     assert said == f"rewire: {cli.INTERRUPTED}"
-    assert re.fullmatch(r"rewire: \d+ of 24 values are on disk, and how far others are", there)
+    assert re.fullmatch(r"rewire: \d+ of 40 values are on disk, and how far others are", there)
     assert "goes on" in cli.INTERRUPTED
     process = start(*words, tmp_path / "often")
     assert process.wait(timeout=100) == 0
-    assert 16 <= report(tmp_path / "often")["values"]["cached"] < 24
+    assert 16 <= report(tmp_path / "often")["values"]["cached"] < 40
     monkeypatch.setenv("REWIRE_CACHE", str(tmp_path / "other"))
     process = start(*words, tmp_path / "once")
     assert process.wait(timeout=100) == 0

@@ -205,7 +205,7 @@ def test_what_cannot_be_kept_is_no_success(collect: Command, cache: Path) -> Non
 
 def test_interrupted_and_continued(tmp_path: Path) -> None:
     """Ctrl-C, as a newcomer presses it: status 3 and how to go on; then the same command goes on to the same file."""
-    command = ("stats", "collect", "demo", TEXT, "--layers", "1,2,3", "--samples", 400, "--checkpoint-tokens", 1)
+    command = ("stats", "collect", "demo", TEXT, "--layers", "1,2,3", "--samples", 3000, "--checkpoint-tokens", 1)
     out = tmp_path / "out"
     process = start(*command, "--out", out)
     deadline = time.monotonic() + 100
