@@ -108,7 +108,7 @@ def ceilings_of(rows: list[Found]) -> Ceilings:
 def quick(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 0.1) -> Ceilings:
     """Of products in these dtypes and the copy, at one size each, `seconds` each."""
     cuda = device.type == "cuda"
-    products = {dtype: 4096 if cuda else SMALL.products[dtype] for dtype in dtypes}
+    products = {dtype: 4096 if cuda else SMALL.products.get(dtype, 512) for dtype in dtypes}
     sizes = Sizes(products, copy=2**31 if cuda else 2**27, seconds=seconds)
     return ceilings_of(list(measure_products(sizes, device)))
 
